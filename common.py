@@ -21,6 +21,7 @@ import contextlib
 import copy
 import csv
 import hashlib
+import io
 import json
 import logging
 import math
@@ -55,7 +56,7 @@ log = logging.getLogger('advcnn')
 # class without it.
 DEFAULTS = {
     'shapes': dict(arch='small-cnn', epochs=6, batch_size=64, lr=0.1, schedule='onecycle',
-                   steps=2, step_size=6 / 255, eps_warmup=0.6, train_size=4000, test_size=400),
+                   steps=2, step_size=6 / 255, eps_warmup=0.6, train_size=3200, test_size=250),
     'mnist': dict(arch='small-cnn', epochs=20, lr=0.05, schedule='onecycle', eps=0.3,
                   step_size=0.01, steps=40, eps_warmup=0.4),
     'fashion-mnist': dict(arch='small-cnn', epochs=30, lr=0.05, schedule='onecycle', eps=0.1,
@@ -541,7 +542,7 @@ def load_data(name, root='data', *, trust=False, train_size=0, test_size=0, val_
     """
     stream, pad, flip = None, 2, False
     if name == 'shapes':
-        n, m = train_size or 4000, test_size or 500
+        n, m = train_size or 3200, test_size or 250
         val_size = val_size or min(1000, max(n // 20, 10))
         x, info = make_shapes(n + val_size, 'train', image_size or 32)
         y = info['outline']
@@ -904,10 +905,9 @@ def make_model(arch, classes=10, shape=(3, 32, 32), seed=0, weights=None):
     weights: a checkpoint to load, or 'IMAGENET1K_V1' for torchvision's own (downloaded).
     """
     channels, _, size = shape
-    small = {'lenet5': 28, 'small-cnn': 8, 'alexnet': 63, 'googlenet': 32, 'resnet50': 32}
-    if size < small.get(arch, 32):
-        raise UserError(f'{arch} needs images of {small.get(arch, 32)} pixels or more, '
-                        f'these have {size}')
+    least = {'lenet5': 28, 'alexnet': 63}.get(arch, 32 if 'wrn' in arch else 16)
+    if size < least:
+        raise UserError(f'{arch} needs images of {least} pixels or more, these have {size}')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if arch == 'small-cnn':
@@ -1036,7 +1036,7 @@ def loss_and_gradient(model, x, y, loss_fn):
     half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     scale = 128.0 if half else 1.0
     gradient, = torch.autograd.grad(loss.sum() * scale, x)
-    return final_logits(output).detach(), loss.detach(), gradient / scale
+    return final_logits(output).detach(), loss.detach().float(), gradient / scale
 
 
 def _flat_norm(v):
@@ -1114,7 +1114,7 @@ def pgd(model, x, y, *, eps, step_size, steps, norm='linf', loss='ce', start='ra
                 else:  # judge the last point, too
                     with torch.no_grad():
                         output = model(x_adv)
-                    logits, value = final_logits(output), loss_fn(output, y[todo])
+                    logits, value = final_logits(output), loss_fn(output, y[todo]).float()
                 fooled = logits.argmax(1) != y[todo]
                 better = fooled | (value > best_loss[todo] if step == steps else fooled)
                 best[todo[better]] = x_adv[better]
@@ -1137,10 +1137,10 @@ def fgsm(model, x, y, *, eps, norm='linf', loss='ce'):
 
 def apgd_checkpoints(steps):
     """Where APGD looks back: 0, 0.22 N, 0.41 N, ... (Croce & Hein 2020, section 3.3)."""
-    p = [0.0, 0.22]
-    while p[-1] < 1:
-        p.append(p[-1] + max(p[-1] - p[-2] - 0.03, 0.06))
-    return [math.ceil(q * steps) for q in p[:-1]]
+    percent = [0, 22]
+    while percent[-1] < 100:
+        percent.append(percent[-1] + max(percent[-1] - percent[-2] - 3, 6))
+    return [math.ceil(p * steps / 100) for p in percent[:-1]]
 
 
 def apgd(model, x, y, *, eps, steps=100, norm='linf', loss='ce', restarts=1, targets=0,
@@ -1273,7 +1273,7 @@ def square(model, x, y, *, eps, queries=1000, p_init=0.8, generator=None):
                 clean = x[todo]
                 candidate = torch.where(patch, (clean + eps * colour[todo]).clamp(0, 1),
                                         best[todo])
-            value = -margin(final_logits(model(candidate)), y[todo])
+            value = -margin(final_logits(model(candidate)), y[todo]).float()
             better = value < worst[todo]
             best[todo[better]], worst[todo[better]] = candidate[better], value[better]
             todo = todo[worst[todo] > 0]
@@ -1564,8 +1564,10 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
             collapsed = row['val_top_share'] > 0.9 and len(data.classes) > 2
             state |= dict(finished=True, last=judged.state_dict(), collapsed=collapsed,
                            device=device.type, precision=str(dtype or torch.float32))
+        buffer = io.BytesIO()  # a full disk then is an OSError, which torch.save makes a riddle
+        torch.save(state, buffer)
         with atomic(path) as temporary:
-            torch.save(state, temporary)
+            temporary.write_bytes(buffer.getbuffer())
     bar.close()
     if state['collapsed']:
         log.warning('%s: COLLAPSED, it predicts one class for nearly every image (natural '
@@ -1620,7 +1622,7 @@ COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#5
 METHOD_COLOURS = dict(zip(METHODS, COLOURS))
 STYLE = {'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False,
          'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': 0.25,
-         'legend.frameon': False, 'lines.linewidth': 1.5, 'image.cmap': 'viridis',
+         'lines.linewidth': 1.5, 'image.cmap': 'viridis',
          'axes.prop_cycle': matplotlib.cycler(color=COLOURS), 'pdf.fonttype': 42,
          'savefig.dpi': 150, 'figure.dpi': 150}
 

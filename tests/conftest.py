@@ -1,0 +1,20 @@
+"""Shared by all tests: the repository root on the path, one thread, real data if it is there."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+# Real data in torchvision's layout: $ADVCNN_DATA, or shared/data beside the repository.
+REAL_DATA = Path(os.environ.get('ADVCNN_DATA', ROOT.parent / 'shared' / 'data'))
+
+
+@pytest.fixture
+def real_data():
+    if not REAL_DATA.is_dir():
+        pytest.skip('no real data here')
+    return REAL_DATA
