@@ -281,6 +281,8 @@ def start_run(study, args):
 def start_log(path=None):
     """Log to stdout and, if given, to a file."""
     log.setLevel(logging.INFO)
+    for handler in log.handlers:
+        handler.close()
     log.handlers = [logging.StreamHandler(sys.stdout)]
     if path:
         log.addHandler(logging.FileHandler(path))
@@ -908,6 +910,8 @@ def make_model(arch, classes=10, shape=(3, 32, 32), seed=0, weights=None):
     least = {'lenet5': 28, 'alexnet': 63}.get(arch, 32 if 'wrn' in arch else 16)
     if size < least:
         raise UserError(f'{arch} needs images of {least} pixels or more, these have {size}')
+    if arch == 'small-cnn' and size % 2:
+        raise UserError(f'small-cnn needs an even image size, not {size}')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if arch == 'small-cnn':
@@ -990,7 +994,7 @@ def margin(logits, y):
 
 
 def dlr(logits, y, target=None):
-    """Difference of logits ratio (Croce & Hein 2020, eq. 6; targeted: eq. 7)."""
+    """Difference of logits ratio (Croce & Hein 2020), plain or towards a target class."""
     if logits.shape[1] < (3 if target is None else 4):
         raise UserError('the DLR loss needs three classes, the targeted one four')
     top = logits.sort(1, descending=True)[0]
@@ -1136,7 +1140,7 @@ def fgsm(model, x, y, *, eps, norm='linf', loss='ce'):
 
 
 def apgd_checkpoints(steps):
-    """Where APGD looks back: 0, 0.22 N, 0.41 N, ... (Croce & Hein 2020, section 3.3)."""
+    """Where APGD looks back: 0, 0.22 N, 0.41 N, ... (Croce & Hein 2020)."""
     percent = [0, 22]
     while percent[-1] < 100:
         percent.append(percent[-1] + max(percent[-1] - percent[-2] - 3, 6))
@@ -1163,7 +1167,7 @@ def apgd(model, x, y, *, eps, steps=100, norm='linf', loss='ce', restarts=1, tar
         for run in range(restarts * max(targets, 1)):
             x0 = random_start(x, eps, norm, generator) if start == 'random' else x
             if len(todo) == 0:
-                break
+                continue
             loss_fn = ATTACK_LOSSES.get(loss, loss)
             if targets:
                 goal = wrong[:, run % targets]
@@ -1389,7 +1393,7 @@ def kl_divergence(logits, reference):
 
 
 def trades_loss(model, x, y, threat, generator, beta=6.0):
-    """TRADES (Zhang et al. 2019, eq. 5): CE(x) + beta KL(p(x) || p(x_adv)), x_adv maximising
+    """TRADES (Zhang et al. 2019): CE(x) + beta KL(p(x) || p(x_adv)), x_adv maximising
     the KL from a start at N(0, 0.001^2); beta = 1 / lambda."""
     with frozen(model):
         natural = model(x).detach()
@@ -1401,7 +1405,7 @@ def trades_loss(model, x, y, threat, generator, beta=6.0):
 
 
 def mart_loss(model, x, y, threat, generator, weight=5.0):
-    """MART (Wang et al. 2020, eq. 11): boosted CE(x_adv) + weight (1 - p_y(x)) KL."""
+    """MART (Wang et al. 2020): boosted CE(x_adv) + weight (1 - p_y(x)) KL."""
     x_adv = pgd(model, x, y, **threat, generator=generator)
     logits, logits_adv = model(torch.cat((x, x_adv))).chunk(2)
     p, q = F.softmax(logits.float(), 1), F.softmax(logits_adv.float(), 1)
@@ -1470,6 +1474,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     from (seed, epoch), so that a resumed training equals an uninterrupted one.
     Returns dict(best, last: state_dicts; best_epoch, history, collapsed, seconds, recipe).
     """
+    name = METHOD_NAMES.get(method, method)
     recipe = model_recipe(args, method, seed, extra)
     path = model_path(args.out, recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1479,44 +1484,44 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     if saved and not (isinstance(saved, dict) and saved.get('recipe') == recipe):
         raise UserError(f'{path} holds another model than its name says; delete it')
     if saved.get('finished'):
-        log.info('%s: trained already (%s)', METHOD_NAMES.get(method, method), path)
-        return saved
+        log.info('%s: trained already (%s)', name, path)
+        return warn_collapsed(saved, name)
 
     dtype = pick_precision(device, args.amp)
     loss_fn = loss_fn or METHODS[method]
     model = build(args.arch, len(data.classes), data.shape, seed).to(device)
     average = copy.deepcopy(model) if args.ema else None
+    judged = average or model
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    history, best, best_epoch, seconds = [], None, -1, 0.0
+    history, best, best_epoch, seconds = [], None, 0, 0.0
     if saved:
-        model.load_state_dict(saved['model'])
-        optimizer.load_state_dict(saved['optimizer'])
-        scaler.load_state_dict(saved['scaler'])
+        for part, state in ((model, 'model'), (optimizer, 'optimizer'), (scaler, 'scaler')):
+            part.load_state_dict(saved[state])
         if average:
             average.load_state_dict(saved['average'])
         history, best, best_epoch, seconds = (
             saved[k] for k in ('history', 'best', 'best_epoch', 'seconds'))
-        log.info('%s: continuing after epoch %d', METHOD_NAMES.get(method, method), len(history))
+        log.info('%s: continuing after epoch %d', name, len(history))
     if args.compile:
         model.compile()
 
     n = len(data.train[1])
     per_epoch = n // min(args.batch_size, n)
-    select = 'val_natural' if method == 'standard' else 'val_robust'
     threat = dict(eps=args.eps, step_size=args.step_size, steps=args.steps, norm=args.norm)
     started = time.perf_counter() - seconds
     bar = tqdm(total=args.epochs * per_epoch, initial=len(history) * per_epoch, leave=False,
-               desc=METHOD_NAMES.get(method, method), disable=not sys.stderr.isatty())
+               desc=name, disable=not sys.stderr.isatty())
     for epoch in range(len(history), args.epochs):
         generator = make_generator('train', seed, epoch, device=device)
+        # for dropout, which takes torch's own generator
         torch.manual_seed(int(torch.randint(2 ** 31, (1,), generator=generator, device=device)))
         total = torch.zeros((), device=device)
         model.train()
         batches = train_batches(data, args.batch_size, generator, device)
-        for step, (x, y) in enumerate(batches):
-            progress = (epoch + step / per_epoch) / args.epochs
+        for step, (x, y) in enumerate(batches, epoch * per_epoch):
+            progress = step / (per_epoch * args.epochs)
             lr = args.lr * lr_factor(args.schedule, progress)
             share = eps_factor(args.eps_warmup, progress)
             for group in optimizer.param_groups:
@@ -1529,51 +1534,54 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
             scaler.step(optimizer)
             scaler.update()
             if average:
-                update_average(average, model, min(args.ema, (epoch * per_epoch + step + 1)
-                                                   / (epoch * per_epoch + step + 10)))
+                update_average(average, model, min(args.ema, (step + 1) / (step + 10)))
             total += loss.detach()
             bar.update()
             if not bar.disable and step % 10 == 0:
-                shown = {k: f'{history[-1][k]:.3f}' for k in ('val_natural', 'val_robust')
-                         } if history else {}
+                shown = {k[4:]: f'{v:.3f}' for k, v in (history or [{}])[-1].items()
+                         if k in ('val_natural', 'val_robust')}
                 bar.set_postfix(loss=f'{loss.item():.3f}', **shown)
-        judged = average or model
         row = dict(method=method, seed=seed, epoch=epoch + 1, lr=lr, eps=now['eps'],
                    loss=total.item() / per_epoch, **epoch_accuracy(judged, data, args))
-        row['seconds'] = round(time.perf_counter() - started, 2)
+        row['seconds'] = seconds = round(time.perf_counter() - started, 2)
         if not math.isfinite(row['loss']):
-            raise UserError(f'{method}: the loss is {row["loss"]} in epoch {epoch + 1}; try a '
+            raise UserError(f'{name}: the loss is {row["loss"]} in epoch {epoch + 1}; try a '
                             'smaller --lr')
-        # the easier epochs of the warm-up cannot be best
-        row['score'] = row[select] if share == 1 or method == 'standard' else -1.0
+        # robust accuracy selects, but not in the easier epochs of the warm-up
+        row['score'] = row['val_natural'] if method == 'standard' else \
+            row['val_robust'] if share == 1 else -1.0
         if row['score'] >= max((h['score'] for h in history), default=-1.0):
             best, best_epoch = copy.deepcopy(judged.state_dict()), epoch + 1
         history.append(row)
         bar.clear()
         log.info('%-9s s%d epoch %3d/%d  loss %.3f  train %.3f / %.3f  val %.3f / %.3f  %4.0f s',
-                 METHOD_NAMES.get(method, method), seed, epoch + 1, args.epochs, row['loss'],
-                 row['train_natural'], row['train_robust'], row['val_natural'],
-                 row['val_robust'], row['seconds'])
-        state = dict(recipe=recipe, history=history, best=best, best_epoch=best_epoch,
-                      seconds=row['seconds'])
+                 name, seed, epoch + 1, args.epochs, row['loss'], row['train_natural'],
+                 row['train_robust'], row['val_natural'], row['val_robust'], seconds)
+        result = dict(recipe=recipe, history=history, best=best, best_epoch=best_epoch,
+                      seconds=seconds)
         if epoch + 1 < args.epochs:
-            state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+            result |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
                            scaler=scaler.state_dict(),
                            average=average.state_dict() if average else {})
         else:
             collapsed = row['val_top_share'] > 0.9 and len(data.classes) > 2
-            state |= dict(finished=True, last=judged.state_dict(), collapsed=collapsed,
+            result |= dict(finished=True, last=judged.state_dict(), collapsed=collapsed,
                            device=device.type, precision=str(dtype or torch.float32))
         buffer = io.BytesIO()  # a full disk then is an OSError, which torch.save makes a riddle
-        torch.save(state, buffer)
+        torch.save(result, buffer)
         with atomic(path) as temporary:
             temporary.write_bytes(buffer.getbuffer())
     bar.close()
-    if state['collapsed']:
+    return warn_collapsed(result, name)
+
+
+def warn_collapsed(result, name):
+    """Say that a trained model predicts one class for nearly every image, if it does."""
+    if result['collapsed']:
         log.warning('%s: COLLAPSED, it predicts one class for nearly every image (natural '
-                    'accuracy %.3f); try --eps-warmup 0.5 or a smaller --lr',
-                    METHOD_NAMES.get(method, method), row['val_natural'])
-    return state
+                    'accuracy %.3f); try --eps-warmup 0.5 or a smaller --lr', name,
+                    result['history'][-1]['val_natural'])
+    return result
 
 
 @torch.no_grad()

@@ -251,7 +251,7 @@ def figure_eps(results, runs, folder):
     axes[0, 0].axhline(100 / results['classes_count'], color='0.6', ls='--', lw=1,
                        label='chance')
     axes[0, 0].set(xlabel=f'eps of the attack ({unit or config["norm"]})', ylim=(-3, 103),
-                   ylabel='accuracy under PGD-20 (%)',
+                   ylabel='accuracy under PGD-20, margin loss (%)',
                    title='Robust accuracy falls with eps; it must reach 0')
     axes[0, 0].legend()
     common.save_figure(fig, folder, 'fig3_eps')
@@ -457,7 +457,6 @@ def masking_claim(method, models):
     """Control: the attacks can be believed."""
     raised = sorted({f'{name} {value:.2f} > {limit:.2f}' for run in models
                      for name, (value, limit, flag) in run['masking'].items() if flag})
-    # a standard network has nothing left to mask: its gradients may saturate harmlessly
     return claim(f'No sign of masked gradients in {METHOD_NAMES[method]}', 'control',
                  '; '.join(raised) or f'{len(models[0]["masking"])} checks, none raised',
                  'contradicted' if raised else 'supported')

@@ -208,7 +208,7 @@ def test_dlr_is_invariant_to_shift_and_scale_and_has_its_values():
         value = common.dlr(z, *args)
         assert torch.allclose(common.dlr(3.7 * z + 5, *args), value, atol=1e-9)
     z = torch.tensor([[5.0, 3.0, 1.0, 0.0]])
-    # eq. 6: -(5 - 3) / (5 - 1); eq. 7 towards class 2: -(5 - 1) / (5 - (1 + 0) / 2)
+    # -(5 - 3) / (5 - 1); towards class 2: -(5 - 1) / (5 - (1 + 0) / 2)
     assert common.dlr(z, torch.tensor([0])).item() == pytest.approx(-0.5)
     assert common.dlr(z, torch.tensor([0]), torch.tensor([2])).item() == pytest.approx(-4 / 4.5)
     assert common.dlr(z, torch.tensor([1])).item() == pytest.approx(0.5)
