@@ -70,9 +70,9 @@ DEFAULTS = {
 }
 BASE = dict(arch='resnet18', epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4,
             schedule='piecewise', eps=8 / 255, step_size=2 / 255, steps=10, norm='linf',
-            eps_warmup=0.0, ema=0.0, train_size=0, test_size=0)
-ARCHS = ('small-cnn', 'lenet5', 'resnet18', 'preact-resnet18', 'wrn-10-1', 'wrn-28-10',
-         'wrn-34-10', 'alexnet', 'googlenet', 'resnet50')
+            eps_warmup=0.0, ema=0.0, pad=None, train_size=0, test_size=0)
+ARCHS = ('small-cnn', 'small-cnn-64', 'lenet5', 'resnet18', 'preact-resnet18',
+         'wrn-10-1', 'wrn-28-10', 'wrn-34-10', 'alexnet', 'googlenet', 'resnet50')
 
 
 # Flags that say where and how, not what: they do not change a run's name.
@@ -175,9 +175,11 @@ def make_parser(doc, defaults=None):
     add('--eps', type=positive, help='radius of the attack, such as 8/255')
     add('--step-size', type=positive, help='step of the training attack, such as 2/255')
     add('--steps', type=count, help='steps of the training attack')
-    add('--norm', choices=('linf', 'l2'))
+    add('--norm', choices=('linf', 'l2'),
+        help='l2 has its own defaults: eps 128/255, step 15/255')
     add('--eps-warmup', type=number, metavar='SHARE', help='of the training, eps grows')
     add('--ema', type=number, metavar='DECAY', help='average the weights, such as 0.999')
+    add('--pad', type=whole, metavar='PX', help='zero padding of the random crops (0: none)')
     add('--train-size', type=whole, help='balanced subset (0: all)')
     add('--test-size', type=whole, help='balanced subset (0: all)')
     add('--seeds', type=whole, nargs='+', default=[0], metavar='N', help='(0)')
@@ -198,6 +200,8 @@ def parse(parser, argv=None):
     if base not in DEFAULTS or (base == 'folder') != (':' in args.dataset):
         raise UserError(f"unknown data set '{args.dataset}'; known: "
                         + ', '.join(DEFAULTS).replace('folder', 'folder:PATH'))
+    if args.norm == 'l2':  # Rice et al. 2020
+        args.eps, args.step_size = args.eps or 128 / 255, args.step_size or 15 / 255
     for flag, value in parser.defaults_table[base].items():
         if getattr(args, flag, None) is None:
             setattr(args, flag, value)
@@ -533,28 +537,29 @@ TORCHVISION = {
 
 
 def load_data(name, root='data', *, trust=False, train_size=0, test_size=0, val_size=0,
-              image_size=0, device='cpu'):
+              image_size=0, pad=None, device='cpu'):
     """Load a data set and hold a validation split out of its training images.
 
     name: see DEFAULTS; 'folder:PATH' has class folders below PATH/train and PATH/test (or
     val). train_size, test_size: balanced subsets, the same for every seed; 0 takes all.
-    val_size: 0 takes a twentieth of the training images, at most 1000.
+    val_size: 0 takes a twentieth of the training images, at most 1000. pad: padding of the
+    random crops, by default the data set's own.
     Raises UserError when the files are absent and cannot be fetched, differ from
     torchvision's checksums (unless trusted), or cannot be read.
     """
-    stream, pad, flip = None, 2, False
+    stream, usual_pad, flip = None, 0, False
     if name == 'shapes':
         n, m = train_size or 3200, test_size or 250
         val_size = val_size or min(1000, max(n // 20, 10))
         x, info = make_shapes(n + val_size, 'train', image_size or 32)
         y = info['outline']
         x_test, info = make_shapes(m, 'test', image_size or 32)
-        y_test, classes, pad = info['outline'], OUTLINES, 0
+        y_test, classes = info['outline'], OUTLINES
     elif name.startswith('folder:'):
         stream, x_test, y_test, classes = _open_folder(name[7:], image_size or 224, test_size)
         x, y, flip = None, torch.tensor(stream.targets), True
     else:
-        _, _, pad, flip = TORCHVISION[name]
+        _, _, usual_pad, flip = TORCHVISION[name]
         (x, y, classes), (x_test, y_test, _) = (
             _load_torchvision(name, root, split, trust) for split in ('train', 'test'))
     k = len(classes)
@@ -576,7 +581,7 @@ def load_data(name, root='data', *, trust=False, train_size=0, test_size=0, val_
     pick = [(None if stream else x[train], y[train]), (x_val, y[val]),
             (x_test[test], y_test[test])]
     pick = [(None if a is None else a.to(device), b.to(device)) for a, b in pick]
-    return Data(name, tuple(classes), *pick, pad, flip, stream)
+    return Data(name, tuple(classes), *pick, usual_pad if pad is None else pad, flip, stream)
 
 
 def _balanced_order(y, k, generator):
@@ -754,7 +759,7 @@ class ConvBlock(nn.Module):
 
 
 class SmallCNN(nn.Module):
-    """Five 3x3 convolutions; ours, made for CPUs.
+    """Five 3x3 convolutions, the first of `width` channels; ours, made for CPUs.
 
     The first sees 2x2 pixels as 12 channels (pixel_unshuffle): one resolution less to compute,
     and the input gradient, slow on CPUs for 3 channels, takes a third of the time.
@@ -910,12 +915,12 @@ def make_model(arch, classes=10, shape=(3, 32, 32), seed=0, weights=None):
     least = {'lenet5': 28, 'alexnet': 63}.get(arch, 32 if 'wrn' in arch else 16)
     if size < least:
         raise UserError(f'{arch} needs images of {least} pixels or more, these have {size}')
-    if arch == 'small-cnn' and size % 2:
-        raise UserError(f'small-cnn needs an even image size, not {size}')
+    if arch.startswith('small-cnn') and size % 2:
+        raise UserError(f'{arch} needs an even image size, not {size}')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if arch == 'small-cnn':
-            model = SmallCNN(classes, channels)
+        if arch.startswith('small-cnn'):
+            model = SmallCNN(classes, channels, 64 if arch.endswith('64') else 32)
         elif arch == 'lenet5':
             model = LeNet5(classes, channels, size)
         elif arch in ('resnet18', 'preact-resnet18'):
@@ -1038,9 +1043,9 @@ def loss_and_gradient(model, x, y, loss_fn):
     loss = loss_fn(output, y)
     kind = x.device.type
     half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    scale = 128.0 if half else 1.0
-    gradient, = torch.autograd.grad(loss.sum() * scale, x)
-    return final_logits(output).detach(), loss.detach().float(), gradient / scale
+    gradient, = torch.autograd.grad(loss.sum() * (128 if half else 1), x)
+    return (final_logits(output).detach(), loss.detach().float(),
+            gradient / 128 if half else gradient)
 
 
 def _flat_norm(v):
@@ -1093,7 +1098,7 @@ def pgd(model, x, y, *, eps, step_size, steps, norm='linf', loss='ce', start='ra
     loss_fn = ATTACK_LOSSES.get(loss, loss)
     evaluate = drop_fooled or restarts > 1
     if eps == 0:
-        return x
+        return x.clone()
     best, best_loss = x.clone(), torch.full((len(x),), -math.inf, device=x.device)
     with frozen(model):
         todo = torch.arange(len(x), device=x.device)
@@ -1443,7 +1448,7 @@ def eps_factor(warmup, progress):
 def model_recipe(args, method, seed, extra=None):
     """Everything that changes the weights; the name of the checkpoint is made of it."""
     keys = ['dataset', 'arch', 'epochs', 'batch_size', 'lr', 'weight_decay', 'schedule', 'ema',
-            'train_size', 'image_size', 'amp']
+            'train_size', 'image_size', 'pad', 'amp']
     if method != 'standard':
         keys += ['norm', 'eps', 'eps_warmup']
         keys += ['step_size', 'steps'] if method != 'fgsm' else []

@@ -501,7 +501,7 @@ def study(args):
     folder, config = common.start_run('train_at', args)
     data = common.load_data(args.dataset, args.data_root, trust=args.trust_data,
                             train_size=args.train_size, test_size=args.test_size,
-                            image_size=args.image_size, device=device)
+                            image_size=args.image_size, pad=args.pad, device=device)
     results = common.load_results(folder, config, __file__, args.fresh)
     results |= dict(classes=data.classes, classes_count=len(data.classes),
                     test_labels=data.test[1].tolist())

@@ -70,9 +70,7 @@ def job(name, arch, batch, steps, device):
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(variant)
     threat = dict(eps=EPS, step_size=STEP, steps=steps, norm='linf')
-    model.train(what != 'pgd' or variant == 'plain')
-    if variant == 'library':
-        model.eval()
+    model.train(variant == 'plain')
 
     def attack():
         if reference:
@@ -80,8 +78,14 @@ def job(name, arch, batch, steps, device):
         return common.pgd(model, x, y, **threat)
 
     def train():
-        loss = F.cross_entropy(model(attack()), y) if reference else \
-            common.pgd_loss(model, x, y, threat, None)
+        if reference:
+            x_adv = attack()
+            model.train()
+            loss = F.cross_entropy(model(x_adv), y)
+            model.train(variant == 'plain')
+        else:
+            model.train()
+            loss = common.pgd_loss(model, x, y, threat, None)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

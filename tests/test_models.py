@@ -12,6 +12,7 @@ import common
     ('wrn-34-10', (3, 32, 32), 46.2e6),          # Madry et al. 2018, Zhang et al. 2019
     ('wrn-10-1', (3, 32, 32), 77.9e3),           # Zhang et al. 2022: about 78 k
     ('lenet5', (1, 28, 28), 44426),
+    ('small-cnn', (3, 32, 32), 143.6e3), ('small-cnn-64', (3, 32, 32), 563.8e3),  # ours
     ('resnet50', (3, 224, 224), 25.56e6),
     ('alexnet', (3, 224, 224), 61.1e6)))
 def test_parameter_counts(arch, shape, parameters):

@@ -104,7 +104,7 @@ def test_everything_that_matters_changes_the_name(tmp_path):
     changes = dict(epochs=3, batch_size=16, lr=0.2, weight_decay=0.0, schedule='cosine',
                    ema=0.9, train_size=90, eps=0.01, step_size=0.01, steps=4, norm='l2',
                    eps_warmup=0.1, arch='resnet18', dataset='cifar10', amp='bf16',
-                   image_size=48)
+                   image_size=48, pad=1)
     for key, value in changes.items():
         changed = argparse.Namespace(**(vars(base) | {key: value}))
         names.add(common.model_path(tmp_path, common.model_recipe(changed, 'pgd', 0)))
