@@ -86,11 +86,9 @@ def evaluate_model(args, data, result, seed, device):
         attacks = evaluation_attacks(args, device, seed)  # anew: the same random starts
         correct_last = {name: common.correct_under(last, x, y, attacks.get(name))
                         for name in few}
-    n = min(MASKING_IMAGES, len(y))
     masking = common.masking_check(
-        model, common.to_float(x[:n]), y[:n], {k: v[:n] for k, v in correct.items()},
-        eps=args.eps, norm=args.norm,
-        generator=common.make_generator('masking', seed, device=device))
+        model, common.to_float(x[:MASKING_IMAGES]), y[:MASKING_IMAGES], correct, eps=args.eps,
+        norm=args.norm, generator=common.make_generator('masking', seed, device=device))
     return dict(
         correct={k: common.pack(v.to(torch.uint8)) for k, v in correct.items()},
         correct_last={k: common.pack(v.to(torch.uint8)) for k, v in correct_last.items()},
