@@ -271,14 +271,16 @@ def figure_perturbations(results, folder):
             guess = g['prediction'][method][i]
             common.show_image(row[2 + 2 * j], image[i] + delta, 'read as\n' + names[guess])
             row[2 + 2 * j].title.set_color('#D55E00' if guess != g['label'][i] else '#009E73')
-    fig.suptitle(f'PGD-20 perturbations at {_eps_text(results["config"])}, stretched to the full '
+    fig.suptitle(f'PGD-20 perturbations at {_eps_text(results["config"])},\nstretched to the full '
                  'range, and the perturbed images')
     common.save_figure(fig, folder, 'fig4_perturbations')
 
 
 def _eps_text(config):
-    return f"eps {config['eps'] * 255:.3g}/255" if config['norm'] == 'linf' \
-        else f"eps {config['eps']:.3g} (l2)"
+    if config['norm'] == 'l2':
+        return f"l2 eps {config['eps']:.3g}"
+    return f"eps {config['eps'] * 255:.3g}/255" if config['eps'] < 0.1 else \
+        f"eps {config['eps']:.3g}"
 
 
 def figure_loss_surface(results, folder):
