@@ -135,6 +135,16 @@ def whole(text):
     return 0 if text == '0' else count(text)
 
 
+def schedule(text):
+    """The name of a learning-rate schedule that `lr_factor` knows."""
+    try:
+        lr_factor(text, 0.0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not one of piecewise, cosine, onecycle, drops:0.6,0.8')
+    return text
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # one line instead of argparse's usage block
         self.exit(2, f'error: {message} (see --help)\n')
@@ -171,7 +181,8 @@ def make_parser(doc, defaults=None):
     add('--batch-size', type=count)
     add('--lr', type=positive, help='peak learning rate of SGD with momentum 0.9')
     add('--weight-decay', type=number)
-    add('--schedule', choices=('piecewise', 'cosine', 'onecycle'))
+    add('--schedule', type=schedule, metavar='NAME',
+        help='piecewise | cosine | onecycle | drops:0.6,0.8 (x0.1 at each share of the epochs)')
     add('--eps', type=positive, help='radius of the attack, such as 8/255')
     add('--step-size', type=positive, help='step of the training attack, such as 2/255')
     add('--steps', type=count, help='steps of the training attack')
@@ -988,18 +999,22 @@ def final_logits(output):
 
 # ------------------------------------------------------------------------------- 5. Attacks
 
-def cross_entropy(logits, y):
-    return F.cross_entropy(logits.float(), y, reduction='none')
+# Losses of a model's output; of a model that returns more than its logits, they see those.
+
+def cross_entropy(output, y):
+    return F.cross_entropy(final_logits(output).float(), y, reduction='none')
 
 
-def margin(logits, y):
+def margin(output, y):
     """Largest other logit minus the true one: > 0 where the model errs."""
+    logits = final_logits(output)
     other = logits.scatter(1, y[:, None], -math.inf)
     return other.amax(1) - logits.gather(1, y[:, None])[:, 0]
 
 
-def dlr(logits, y, target=None):
+def dlr(output, y, target=None):
     """Difference of logits ratio (Croce & Hein 2020), plain or towards a target class."""
+    logits = final_logits(output)
     if logits.shape[1] < (3 if target is None else 4):
         raise UserError('the DLR loss needs three classes, the targeted one four')
     top = logits.sort(1, descending=True)[0]
@@ -1179,7 +1194,7 @@ def apgd(model, x, y, *, eps, steps=100, norm='linf', loss='ce', restarts=1, tar
 
             def objective(output, i):
                 if targets:
-                    return dlr(final_logits(output), y[i], goal[i])
+                    return dlr(output, y[i], goal[i])
                 return loss_fn(output, y[i])
 
             x_adv, value, fooled = _apgd_run(model, x, y, x0, todo, objective, eps, steps, norm)
@@ -1282,7 +1297,7 @@ def square(model, x, y, *, eps, queries=1000, p_init=0.8, generator=None):
                 clean = x[todo]
                 candidate = torch.where(patch, (clean + eps * colour[todo]).clamp(0, 1),
                                         best[todo])
-            value = -margin(final_logits(model(candidate)), y[todo]).float()
+            value = -margin(model(candidate), y[todo]).float()
             better = value < worst[todo]
             best[todo[better]], worst[todo[better]] = candidate[better], value[better]
             todo = todo[worst[todo] > 0]
@@ -1327,12 +1342,12 @@ def check_attack(x_adv, x, eps, norm, tolerance=1e-6):
     assert size.max() <= limit, f'the attack left the ball: {size.max():.6f} > {eps:.6f}'
 
 
-def masking_check(model, x, y, correct, *, eps, norm='linf', generator=None):
+def masking_check(model, x, y, correct, *, eps, norm='linf', loss='margin', generator=None):
     """Symptoms of masked gradients (Athalye et al. 2018; Carlini et al. 2019), as
     {symptom: (value, threshold, raised)}.
 
     x, y: a small batch of float images; correct: {attack: (N,) bool} of the evaluation, any
-    of 'fgsm', 'pgd20', 'pgd100', 'apgd_ce', 'apgd_t', 'square'.
+    of 'fgsm', 'pgd20', 'pgd100', 'apgd_ce', 'apgd_t', 'square'; loss: of the unbounded attack.
     """
     def rate(name):
         return correct[name].float().mean().item()
@@ -1344,7 +1359,7 @@ def masking_check(model, x, y, correct, *, eps, norm='linf', generator=None):
         rows = logits.sum(1)
         free = pgd(model, x, y, eps=1.0 if norm == 'linf' else 0.5 * x[0].numel() ** 0.5,
                    step_size=0.1 if norm == 'linf' else 2.0, steps=30, norm=norm,
-                   loss='margin', drop_fooled=True, generator=generator)
+                   loss=loss, drop_fooled=True, generator=generator)
         unbounded = (predict(model, free) == y).float().mean().item()
     zero = (gradient.flatten(1).abs().amax(1) == 0).float().mean().item()
     chance = 1.5 / logits.shape[1]
@@ -1430,13 +1445,17 @@ RECIPE_VERSION = 1  # raise it when a change of this file changes weights
 def lr_factor(schedule, progress):
     """The share of the peak learning rate at progress in [0, 1) through the training.
 
-    piecewise: x0.1 at 1/2 and 3/4 (Rice et al. 2020); cosine: to 0; onecycle: linear up over
-    the first quarter, linear down to 0.
+    piecewise: x0.1 at 1/2 and 3/4 (Rice et al. 2020); drops:a,b: x0.1 at a, at b, ...; cosine:
+    to 0; onecycle: linear up over the first quarter, linear down to 0. ValueError otherwise.
     """
     if schedule == 'piecewise':
-        return 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
+        schedule = 'drops:0.5,0.75'
+    if schedule.startswith('drops:'):
+        return 0.1 ** sum(progress >= float(drop) for drop in schedule[6:].split(','))
     if schedule == 'cosine':
         return 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule != 'onecycle':
+        raise ValueError(schedule)
     return max(progress, 1e-3) / 0.25 if progress < 0.25 else (1 - progress) / 0.75
 
 
@@ -1469,11 +1488,13 @@ def model_path(out, recipe):
                                f"-s{r['seed']}-{short_hash(r)}.pt")
 
 
-def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=None, extra=None):
+def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=None, extra=None,
+                val_loss='ce'):
     """Train, or take from runs/models, or continue after an interruption.
 
     method: a key of METHODS, or any name with a loss_fn of the same signature; build(arch,
-    classes, shape, seed) -> model; extra: what else changes the weights, a JSON-able dict.
+    classes, shape, seed) -> model; extra: what else changes the weights, a JSON-able dict;
+    val_loss: what the validation attack maximises, as in `pgd`.
     Each epoch is evaluated on the validation split; `best` is the epoch of highest robust
     (standard training: natural) validation accuracy. Every random draw of an epoch comes
     from (seed, epoch), so that a resumed training equals an uninterrupted one.
@@ -1547,7 +1568,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
                          if k in ('val_natural', 'val_robust')}
                 bar.set_postfix(loss=f'{loss.item():.3f}', **shown)
         row = dict(method=method, seed=seed, epoch=epoch + 1, lr=lr, eps=now['eps'],
-                   loss=total.item() / per_epoch, **epoch_accuracy(judged, data, args))
+                   loss=total.item() / per_epoch, **epoch_accuracy(judged, data, args, val_loss))
         row['seconds'] = seconds = round(time.perf_counter() - started, 2)
         if not math.isfinite(row['loss']):
             raise UserError(f'{name}: the loss is {row["loss"]} in epoch {epoch + 1}; try a '
@@ -1599,7 +1620,7 @@ def update_average(average, model, decay):
             a.copy_(b)
 
 
-def epoch_accuracy(model, data, args):
+def epoch_accuracy(model, data, args, loss='ce'):
     """Natural and PGD-10 accuracy on the validation split and on as many training images,
     FGSM accuracy and the share of the most frequent prediction on the validation split."""
     result = {}
@@ -1609,12 +1630,13 @@ def epoch_accuracy(model, data, args):
         splits['train'] = tuple(t[:len(y_val)] for t in data.train)
     for name, (x, y) in splits.items():
         attack = partial(pgd, eps=args.eps, step_size=args.eps / 4, steps=10, norm=args.norm,
-                         drop_fooled=True, generator=make_generator('epoch', device=x.device))
+                         loss=loss, drop_fooled=True,
+                         generator=make_generator('epoch', device=x.device))
         result[f'{name}_natural'] = correct_under(model, x, y).float().mean().item()
         result[f'{name}_robust'] = correct_under(model, x, y, attack).float().mean().item()
     if data.stream:
         result |= dict(train_natural=math.nan, train_robust=math.nan)
-    one_step = partial(fgsm, eps=args.eps, norm=args.norm)
+    one_step = partial(fgsm, eps=args.eps, norm=args.norm, loss=loss)
     result['val_fgsm'] = correct_under(model, x_val, y_val, one_step).float().mean().item()
     with frozen(model):
         guesses = torch.cat([predict(model, to_float(x)) for x in x_val.split(250)])
@@ -1691,6 +1713,19 @@ def unpack(packed):
     return np.frombuffer(data, packed['dtype']).reshape(packed['shape']).copy()
 
 
+def stack_correct(runs, name, which='correct'):
+    """(seeds, images) array of 0.0 and 1.0: runs[i][which][name] of every seed, unpacked."""
+    return np.stack([unpack(run[which][name]) for run in runs]).astype(float)
+
+
+def eps_text(config):
+    """'eps 8/255' of a run's configuration."""
+    if config['norm'] == 'l2':
+        return f"l2 eps {config['eps']:.3g}"
+    return f"eps {config['eps'] * 255:.3g}/255" if config['eps'] < 0.1 else \
+        f"eps {config['eps']:.3g}"
+
+
 def write_metrics(path, rows):
     """metrics.csv: one row per epoch of every model."""
     with atomic(path) as temporary, open(temporary, 'w', newline='') as file:
@@ -1733,6 +1768,15 @@ def claim(text, source, measured, verdict, reference='-'):
                                      'uninformative'), verdict
     return dict(claim=text, source=source, measured=measured, reference=reference,
                 verdict=verdict)
+
+
+def masking_claim(name, runs):
+    """Control: no masking check of any seed's runs[i]['masking'] was raised."""
+    raised = sorted({f'{symptom} {value:.2f} > {limit:.2f}' for run in runs
+                     for symptom, (value, limit, flag) in run['masking'].items() if flag})
+    return claim(f'No sign of masked gradients in {name}', 'control',
+                 '; '.join(raised) or f'{len(runs[0]["masking"])} checks, none raised',
+                 'contradicted' if raised else 'supported')
 
 
 def write_claims(claims, folder):

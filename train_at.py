@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import common
-from common import METHOD_COLOURS, METHOD_NAMES, bootstrap, claim, effect_verdict
+from common import METHOD_COLOURS, METHOD_NAMES, bootstrap, claim, effect_verdict, stack_correct
 
 # How hard the evaluation attacks; AutoAttack's own numbers are 100 steps, 9 targets and 5000
 # queries (Croce & Hein 2020). shapes is small to keep the study within minutes.
@@ -184,11 +184,6 @@ def draw(results, folder):
     figure_classes(results, runs, folder)
 
 
-def correct_of(runs, method, name, which='correct'):
-    """(seeds, images) array of 0 and 1."""
-    return np.stack([common.unpack(run[which][name]) for run in runs[method]]).astype(float)
-
-
 def figure_training(runs, folder):
     fig, axes = common.new_figure(1, len(runs), 2.2 * len(runs) + 1, 2.8, sharey=True)
     for axis, (method, results) in zip(axes[0], runs.items()):
@@ -216,7 +211,7 @@ def figure_attacks(runs, folder):
     fig, axes = common.new_figure(1, 1, 7.5, 3.2)
     width = 0.8 / len(runs)
     for i, method in enumerate(runs):
-        values = [bootstrap(np.mean, correct_of(runs, method, name), draws=300)
+        values = [bootstrap(np.mean, stack_correct(runs[method], name), draws=300)
                   for name in names]
         mean, low, high = 100 * np.array(values).T
         at = np.arange(len(names)) + (i - (len(runs) - 1) / 2) * width
@@ -271,16 +266,9 @@ def figure_perturbations(results, folder):
             guess = g['prediction'][method][i]
             common.show_image(row[2 + 2 * j], image[i] + delta, 'read as\n' + names[guess])
             row[2 + 2 * j].title.set_color('#D55E00' if guess != g['label'][i] else '#009E73')
-    fig.suptitle(f'PGD-20 perturbations at {_eps_text(results["config"])},\nstretched to the full '
-                 'range, and the perturbed images')
+    fig.suptitle(f'PGD-20 perturbations at {common.eps_text(results["config"])},\n'
+                 'stretched to the full range, and the perturbed images')
     common.save_figure(fig, folder, 'fig4_perturbations')
-
-
-def _eps_text(config):
-    if config['norm'] == 'l2':
-        return f"l2 eps {config['eps']:.3g}"
-    return f"eps {config['eps'] * 255:.3g}/255" if config['eps'] < 0.1 else \
-        f"eps {config['eps']:.3g}"
 
 
 def figure_loss_surface(results, folder):
@@ -324,8 +312,8 @@ def figure_classes(results, runs, folder):
     for i, method in enumerate(runs):
         if method == 'standard' and len(runs) > 1:
             continue  # zero everywhere
-        worst = correct_of(runs, method, 'worst').mean(0)
-        natural = correct_of(runs, method, 'natural').mean(0)
+        worst = stack_correct(runs[method], 'worst').mean(0)
+        natural = stack_correct(runs[method], 'natural').mean(0)
         at = np.arange(len(shown)) + 0.18 * (i - len(runs) / 2)
         robust = [100 * worst[y == k].mean() for k in shown]
         axes[0, 0].vlines(at, robust, [100 * natural[y == k].mean() for k in shown],
@@ -371,8 +359,8 @@ def judge(results, folder):
     both = {'standard', 'pgd'} <= set(runs)
     cifar18 = config['dataset'] == 'cifar10' and config['arch'] == 'resnet18'
     if both:
-        nat = [correct_of(runs, m, 'natural') for m in ('standard', 'pgd')]
-        worst = [correct_of(runs, m, 'worst') for m in ('standard', 'pgd')]
+        nat = [stack_correct(runs[m], 'natural') for m in ('standard', 'pgd')]
+        worst = [stack_correct(runs[m], 'worst') for m in ('standard', 'pgd')]
         row('Adversarial training buys worst-case accuracy: PGD-AT minus standard',
             'Madry et al. 2018', difference, worst[::-1], ('pgd',))
         full = min(v.mean() for v in nat) >= SATURATED
@@ -387,15 +375,15 @@ def judge(results, folder):
         if method in runs:
             row(f'Robust overfitting of {METHOD_NAMES[method]}: {ATTACK_NAMES[long]} accuracy, '
                 'best minus last epoch', 'Rice et al. 2020', difference,
-                [correct_of(runs, method, long),
-                 correct_of(runs, method, long, 'correct_last')], (method,),
+                [stack_correct(runs[method], long),
+                 stack_correct(runs[method], long, 'correct_last')], (method,),
                 reference='+6 to +8 points after 200 epochs, PGD-10, PreAct ResNet-18 '
                           '(authors\' logs)' if method == 'pgd' and cifar18 else '-')
     if 'fgsm' in runs:
         row('Catastrophic overfitting of FGSM-AT: FGSM minus PGD accuracy at the last epoch '
             f'exceeds {100 * CATASTROPHIC_GAP:.0f} points',
             'Wong et al. 2020; Andriushchenko & Flammarion 2020', difference,
-            [correct_of(runs, 'fgsm', n, 'correct_last') for n in ('fgsm', long)], ('fgsm',),
+            [stack_correct(runs['fgsm'], n, 'correct_last') for n in ('fgsm', long)], ('fgsm',),
             threshold=CATASTROPHIC_GAP)
         claims.append(catastrophe_in_training(runs['fgsm']))
     if both:
@@ -411,14 +399,14 @@ def judge(results, folder):
         def spread(correct, labels):
             rates = [correct[labels == k].mean() for k in np.unique(labels)]
             return max(rates) - min(rates)
-        correct = correct_of(runs, 'pgd', 'worst')
+        correct = stack_correct(runs['pgd'], 'worst')
         row('Classes differ in robustness: best minus worst class of PGD-AT, worst case, '
             f'exceeds {100 * CLASS_SPREAD:.0f} points', 'Tian et al. 2021', spread,
             [correct, np.broadcast_to(y, correct.shape)], ('pgd',), threshold=CLASS_SPREAD)
     if {'pgd', 'trades'} <= set(runs):
         claims.append(trades_claim(runs, collapsed))
     for method in runs:
-        claims.append(masking_claim(method, runs[method]))
+        claims.append(common.masking_claim(METHOD_NAMES[method], runs[method]))
     common.write_claims(claims, folder)
     return claims
 
@@ -438,12 +426,12 @@ def catastrophe_in_training(models):
 def trades_claim(runs, collapsed):
     """TRADES and PGD-AT lie on one trade-off: what one gains in natural accuracy it loses in
     worst-case accuracy."""
-    gaps = [bootstrap(lambda a, b: a.mean() - b.mean(), correct_of(runs, 'trades', name),
-                      correct_of(runs, 'pgd', name)) for name in ('natural', 'worst')]
+    gaps = [bootstrap(lambda a, b: a.mean() - b.mean(), stack_correct(runs['trades'], name),
+                      stack_correct(runs['pgd'], name)) for name in ('natural', 'worst')]
     signs = [1 if low > 0 else -1 if high < 0 else 0 for _, low, high in gaps]
     if collapsed & {'pgd', 'trades'}:
         verdict = 'uninformative: collapsed model'
-    elif min(correct_of(runs, m, 'natural').mean() for m in ('pgd', 'trades')) >= SATURATED:
+    elif min(stack_correct(runs[m], 'natural').mean() for m in ('pgd', 'trades')) >= SATURATED:
         verdict = f'uninformative: natural accuracies above {100 * SATURATED:.0f} %'
     else:
         verdict = {-1: 'supported', 1: 'contradicted', 0: 'inconclusive'}[signs[0] * signs[1]]
@@ -451,15 +439,6 @@ def trades_claim(runs, collapsed):
                          for name, (v, low, high) in zip(('natural', 'worst case'), gaps))
     return claim('TRADES (beta 6) moves along the trade-off: against PGD-AT it loses in one '
                  'accuracy what it gains in the other', 'Zhang et al. 2019', measured, verdict)
-
-
-def masking_claim(method, models):
-    """Control: the attacks can be believed."""
-    raised = sorted({f'{name} {value:.2f} > {limit:.2f}' for run in models
-                     for name, (value, limit, flag) in run['masking'].items() if flag})
-    return claim(f'No sign of masked gradients in {METHOD_NAMES[method]}', 'control',
-                 '; '.join(raised) or f'{len(models[0]["masking"])} checks, none raised',
-                 'contradicted' if raised else 'supported')
 
 
 # --------------------------------------------------------------------------------------------
@@ -472,7 +451,7 @@ def print_table(results):
     common.log.info('\n%-10s' + '%11s' * len(names) + '%9s', 'best epoch',
                     *(ATTACK_NAMES[n] for n in names), 'minutes')
     for method, models in runs.items():
-        rates = [100 * correct_of(runs, method, n).mean() for n in names]
+        rates = [100 * stack_correct(runs[method], n).mean() for n in names]
         common.log.info('%-10s' + '%10.1f%%' * len(names) + '%9.1f', METHOD_NAMES[method], *rates,
                         sum(r['seconds'] for r in models) / 60)
 
