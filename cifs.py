@@ -20,7 +20,6 @@ Not known  No table of the paper was at hand when this was written: reference nu
 import copy
 import json
 import math
-import statistics
 import time
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import rankdata
 
 import common
 from common import bootstrap, claim, effect_verdict, final_logits, pgd, stack_correct
@@ -57,7 +56,8 @@ ATTACK_BETAS = (0.1, 1, 2, 10, 100, 1000)    # weights of the probes in the auth
 PAIR = {'cifar10': ('automobile', 'cat')}    # robust, non-robust class of the paper's figure
 
 ARM_NAMES = {'vanilla': 'vanilla', 'cas': 'CAS', 'cifs': 'CIFS', 'probes': 'probes, no mask',
-             'random': 'random mask', 'head': "head's own weights as mask"}
+             'blind': 'CIFS, labels kept from it', 'random': 'random mask',
+             'head': "head's own weights"}
 ARM_COLOURS = dict(zip(ARM_NAMES, common.COLOURS))
 TRAINING_NAMES = {'pgd': 'PGD-AT', 'trades': 'TRADES', 'mart': 'MART', 'fat': 'FAT'}
 
@@ -68,6 +68,7 @@ CLASS_SPREAD = 0.20                                      # V3
 RHO_GAP, RHO_RANK = 0.1, 0.3                             # V4
 BLACK_BOX_GAP = 0.005                                    # V12
 COST = 1.10                                              # V13
+NATURAL_COST = 0.02                                      # V16
 DRAWS = 200                                              # bootstrap of the activations
 
 
@@ -236,7 +237,7 @@ class CIFS(nn.Module):
         return dict(logits=logits, probes=probes, pooled=pooled, masks=used, features=features)
 
     def forward(self, x, y=None, exact=False, masks=None):
-        traced = self.trace(x, y, exact, masks)
+        traced = self.trace(x, None if self.spec.get('blind') else y, exact, masks)
         return (traced['logits'], *traced['probes'])
 
 
@@ -256,6 +257,8 @@ def arm_spec(args, arm):
         spec |= dict(probes=['linear', 'linear'], k=1, imgf='identity')
     elif arm == 'probes':
         spec |= dict(imgf='none')
+    elif arm == 'blind':  # masks of the predicted classes in training, too: no label leaks
+        spec |= dict(blind=True)
     elif arm == 'random':
         spec |= dict(relevance='random')
     elif arm == 'head':  # no probe: the last layer's own rows, at the last place
@@ -263,8 +266,9 @@ def arm_spec(args, arm):
     return spec | dict(ablation_arms(args)).get(arm, {})
 
 
-def ablation_arms(args):
-    """[(arm, change of the specification)] of all ablations asked for."""
+def ablation_arms(args, names=None):
+    """[(arm, change of the specification)] of the named ablations, by default of all asked
+    for."""
     first, second, third = places(args.arch)
     full = args.mask_sum and 1
 
@@ -284,7 +288,8 @@ def ablation_arms(args):
                   'nonlinear twice': dict(probes=['nonlinear'] * 2)},
         'beta': {f'beta={b:g}': dict(beta=b) for b in (2.0, 0.1, 1.0, 10.0, 100.0)},
     }
-    return [(f'cifs, {label}', change) for name in args.ablate
+    return [(f'cifs, {label}', change)
+            for name in (args.ablate if names is None else names)
             for label, change in tables[name].items()]
 
 
@@ -403,3 +408,908 @@ def train_arm(args, data, arm, training, seed, device):
         loss_fn=training_loss(training, beta) if own else None,
         val_loss=joint_loss(beta) if spec else 'ce')
     return result, build
+
+
+# ---------------------------------------------------------------------------- the evaluation
+
+MODES = {'final': 'final loss only', 'probe 1': 'probe 1 only', 'probe 2': 'probe 2 only'} | {
+    f'joint {b:g}': f'joint, probes x{b:g}' for b in ATTACK_BETAS}  # PGD-20 each
+ATTACK_NAMES = {
+    'natural': 'natural', 'fgsm': 'FGSM, joint'} | {
+    mode: f'PGD-20, {text}' for mode, text in MODES.items()} | {
+    'pgd100': 'PGD-100, joint', 'apgd': 'APGD-CE, joint', 'square': 'Square (black box)',
+    'pgd100 final': 'PGD-100, final loss', 'exact joint': 'PGD-20, joint, exact mask gradient',
+    'exact final': 'PGD-20, final, exact mask gradient', 'frozen': 'PGD-20, natural mask kept',
+    'label': "PGD-20, the label's mask", 'margin': 'PGD-20, joint margin loss',
+    'dlr': 'PGD-20, DLR', 'targets': 'PGD, all targets, probes too',
+    'restarts': 'PGD-20, joint, restarts, larger steps', 'apgd final': 'APGD-CE, final loss',
+    'apgd_t': 'APGD-T, final loss', 'transfer': 'PGD-20 on another arm', 'worst': 'worst case'}
+
+
+def pgd_exact(model, x, y, **threat):
+    """PGD with the gradient of the mask, which the authors' code leaves out."""
+    return pgd(lambda v: model(v, exact=True), x, y, **threat)
+
+
+def pgd_frozen_mask(model, x, y, **threat):
+    """PGD on the network that keeps the masks of the natural images; judged by the real one."""
+    masks = model.trace(x)['masks']
+    return pgd(lambda v: model(v, masks=masks), x, y, **threat)
+
+
+def pgd_label_mask(model, x, y, **threat):
+    """PGD on the network that takes its masks from the true labels."""
+    return pgd(lambda v: model(v, y), x, y, **threat)
+
+
+def pgd_transfer(model, x, y, *, source, **threat):
+    """PGD on another network."""
+    return pgd(source, x, y, **threat)
+
+
+def pgd_all_targets(model, x, y, *, beta, generator, **threat):
+    """Towards every wrong class in turn, the probes pushed to the same one."""
+    x_adv, todo = x.clone(), torch.arange(len(y), device=x.device)
+    classes = final_logits(model(x[:1])).shape[1]
+    for offset in range(1, classes):
+        def toward(output, labels):
+            goal = ((labels + offset) % classes)[:, None]
+            return joint(lambda z: (z.gather(1, goal) - z.gather(1, labels[:, None]))[:, 0],
+                         beta, output)
+        x_adv[todo] = pgd(model, x[todo], y[todo], loss=toward, drop_fooled=True,
+                          generator=generator, **threat)
+        todo = todo[common.predict(model, x_adv[todo]) == y[todo]]
+        if len(todo) == 0:
+            break
+    return x_adv
+
+
+def suite(args, model, other, seed, device):
+    """The attacks on one model: [(name, which images, attack)].
+
+    which: 'all', 'apgd' (those that survive APGD, the authors' order) or 'left' (those that
+    survive everything before). A plain network faces the same list, where every joint attack
+    is one more run with its own random start, so that no arm is attacked less often. PGD has
+    the authors' step of eps / 10, but a random start. other: the source of the transfer.
+    """
+    beta = args.beta
+    masked = isinstance(model, CIFS) and model.spec['imgf'] != 'none'
+
+    def attack(function, name, loss=joint_loss(beta), steps=20, step=0.1, **options):
+        if loss:
+            options['loss'] = loss
+        if function is not common.apgd:
+            options['step_size'] = step * args.eps
+        return partial(function, eps=args.eps, norm=args.norm, steps=steps,
+                       generator=common.make_generator('cifs', name, seed, device=device),
+                       **options)
+
+    def on_head(i):
+        return lambda output, y: common.cross_entropy(output[i], y)
+
+    probes = len(model.probes) if isinstance(model, CIFS) else 0
+    modes = {'final': 'ce'} | {f'probe {i}': on_head(i) for i in range(1, probes + 1)} | {
+        f'joint {b:g}': joint_loss(b) for b in ATTACK_BETAS}
+    runs = [('fgsm', 'all', partial(common.fgsm, eps=args.eps, norm=args.norm,
+                                    loss=joint_loss(beta)))]
+    runs += [(mode, 'all', attack(pgd, mode, loss, drop_fooled=True))
+             for mode, loss in modes.items()]
+    runs += [('pgd100', 'all', attack(pgd, 'pgd100', steps=100, drop_fooled=True)),
+             ('apgd', 'all', attack(common.apgd, 'apgd', steps=args.apgd_steps))]
+    if args.norm == 'linf':
+        runs.append(('square', 'apgd', partial(
+            common.square, eps=args.eps, queries=args.square_queries,
+            generator=common.make_generator('cifs', 'square', seed, device=device))))
+    runs.append(('pgd100 final', 'left', attack(pgd, 'pgd100 final', 'ce', 100,
+                                                drop_fooled=True)))
+    if masked:
+        runs += [('exact joint', 'left', attack(pgd_exact, 'exact joint', drop_fooled=True)),
+                 ('exact final', 'left', attack(pgd_exact, 'exact final', 'ce',
+                                                drop_fooled=True)),
+                 ('frozen', 'left', attack(pgd_frozen_mask, 'frozen')),
+                 ('label', 'left', attack(pgd_label_mask, 'label'))]
+    runs += [('margin', 'left', attack(pgd, 'margin', joint_loss(beta, common.margin),
+                                       drop_fooled=True)),
+             ('dlr', 'left', attack(pgd, 'dlr', 'dlr', drop_fooled=True)),
+             ('targets', 'left', attack(pgd_all_targets, 'targets', None, args.targeted_steps,
+                                        0.25, beta=beta)),
+             ('restarts', 'left', attack(pgd, 'restarts', step=0.25, restarts=args.restarts,
+                                         drop_fooled=True)),
+             ('apgd final', 'left', attack(common.apgd, 'apgd final', 'ce', args.apgd_steps)),
+             ('apgd_t', 'left', attack(common.apgd, 'apgd_t', 'ce', args.apgd_steps,
+                                       targets=3)),
+             ('transfer', 'left', attack(pgd_transfer, 'transfer', source=other))]
+    return runs
+
+
+def attacked(model, x, y, runs):
+    """{attack: (N,) bool}, natural first. An attack that was spared images already lost
+    counts them as lost; 'worst' is what is left after all."""
+    correct = {'natural': common.correct_under(model, x, y)}
+    left = correct['natural']
+    for name, which, attack in runs:
+        start = {'all': correct['natural'], 'apgd': correct.get('apgd'), 'left': left}[which]
+        rows, still = start.nonzero()[:, 0], start.clone()
+        if len(rows):
+            still[rows] = common.correct_under(model, x[rows], y[rows], attack)
+        correct[name], left = still, left & still
+        common.log.info('  %-36s %.3f   worst so far %.3f', ATTACK_NAMES[name],
+                        still.float().mean(), left.float().mean())
+    return correct | {'worst': left}
+
+
+def packed(correct):
+    return {k: common.pack(v.to(torch.uint8)) for k, v in correct.items()}
+
+
+def evaluate_arm(args, data, trained, build, other, seed, device, brief=False):
+    """Everything measured on one trained network. brief: PGD in all modes only."""
+    model = common.restore(trained, 'best', args, data, device, build)
+    x, y = data.test
+    first = ('fgsm', *MODES, 'pgd100')
+    runs = suite(args, model, other, seed, device)
+    correct = attacked(model, x, y, [r for r in runs if not brief or r[0] in first])
+    last = {k: v for k, v in correct.items() if k in ('natural', *first)}
+    if trained['best_epoch'] < len(trained['history']):
+        common.log.info('  last epoch:')
+        again = suite(args, model, other, seed, device)  # anew: the same random starts
+        last = attacked(common.restore(trained, 'last', args, data, device, build), x, y,
+                        [r for r in again if r[0] in first])
+    out = dict(correct=packed(correct), correct_last=packed(last),
+               **{k: trained[k] for k in ('collapsed', 'best_epoch', 'seconds', 'precision',
+                                          'history')})
+    if isinstance(model, CIFS):  # what the masks would tell if they knew the label
+        with torch.no_grad():
+            told = [final_logits(model(common.to_float(a), b)).argmax(1) == b
+                    for a, b in zip(x.split(250), y.split(250))]
+        out['told'] = common.pack(torch.cat(told).to(torch.uint8))
+    if not brief:
+        few = common.to_float(x[:100]), y[:100]
+        def generator(what):
+            return common.make_generator(what, seed, device=device)
+        named = {k: v for k, v in correct.items() if k != 'apgd_t'} | {
+            'pgd20': correct['joint 2']}
+        out['masking'] = common.masking_check(model, *few, named, eps=args.eps, norm=args.norm,
+                                              loss=joint_loss(args.beta, common.margin),
+                                              generator=generator('masking'))
+        out['eps_curve'] = common.eps_curve(model, few[0][:50], few[1][:50], eps=args.eps,
+                                            norm=args.norm, loss=joint_loss(args.beta),
+                                            generator=generator('curve'))
+    return out
+
+
+def activations(args, data, model, seed, device):
+    """The motivation study on one model: class means of the features before the last layer,
+    natural and PGD-20, and what the claims need of them.
+
+    stats: (1 + DRAWS, K, 5), the first row on all test images, the others on resampled ones;
+    see `class_stats`. nr_share: (N,), the share of an adversarial image's activation that
+    lies in channels of negative weight for its class; for CIFS also before and after each
+    mask, by the sign of the relevance to the true class.
+    """
+    x, y = data.test
+    classes = len(data.classes)
+    generator = common.make_generator('activations', seed, device=device)
+    parts = []
+    with common.frozen(model):
+        for a, b in zip(x.split(250), y.split(250)):
+            a = common.to_float(a)
+            x_adv = pgd(model, a, b, eps=args.eps, step_size=args.eps / 10, steps=20,
+                        norm=args.norm, loss=joint_loss(args.beta), generator=generator)
+            with torch.no_grad():
+                parts.append([_features(model, v, b, classes) for v in (a, x_adv)])
+    nat, adv = ({k: torch.cat([p[i][k] for p in parts]).cpu().numpy() for k in parts[0][i]}
+                for i in (0, 1))
+    y = y.cpu().numpy()
+    net = model.net if isinstance(model, CIFS) else model
+    weight = last_layer(net).weight.detach().float().cpu().numpy()
+
+    def means(values):
+        return np.stack([values[y == k].mean(0) for k in range(classes)])
+
+    rng = np.random.default_rng(seed)
+    stats = np.zeros((1 + DRAWS, classes, 5), np.float32)
+    for k in range(classes):
+        n = (y == k).sum()
+        draws = np.concatenate((np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), DRAWS)))
+        stats[:, k] = class_stats(*(draws @ v['features'][y == k] / n for v in (nat, adv)),
+                                  weight[k])
+    out = dict(nat=common.pack(means(nat['features'])), adv=common.pack(means(adv['features'])),
+               weight=common.pack(weight), stats=common.pack(stats),
+               nr_share=common.pack(negative_share(adv['features'], weight[y])), layers={})
+    for place in model.spec['places'] if isinstance(model, CIFS) else ():
+        g, z, m = (adv[f'{what} {place}'] for what in ('relevance', 'pooled', 'mask'))
+        out['layers'][place] = dict(
+            relevance=common.pack(means(nat[f'relevance {place}'])),
+            nat=common.pack(means(nat[f'pooled {place}'])), adv=common.pack(means(z)),
+            mask=common.pack(means(m)), before=common.pack(negative_share(z, g)),
+            after=common.pack(negative_share(z * m, g)))
+    return out
+
+
+def _features(model, x, y, classes):
+    """{'features', and of CIFS 'pooled', 'mask' and 'relevance' (to class y) per place}."""
+    if not isinstance(model, CIFS):
+        return dict(features=masked_forward(model, x, lambda place, z: z)[1].float())
+    traced = model.trace(x)
+    out = dict(features=traced['features'])
+    counts = F.one_hot(y, classes).float()
+    for place, pooled in traced['pooled'].items():
+        out[f'pooled {place}'] = pooled
+        out[f'mask {place}'] = traced['masks'].get(place, torch.ones_like(pooled))
+        out[f'relevance {place}'] = model.relevance(place, pooled, counts).expand_as(pooled)
+    return {k: v.float() for k, v in out.items()}
+
+
+def negative_share(z, relevance):
+    """Share of |activation| in channels of negative relevance: (N, C), (N, C) -> (N,)."""
+    z = np.abs(z)
+    return (z * (relevance < 0)).sum(1) / np.maximum(z.sum(1), 1e-12)
+
+
+def class_stats(nat, adv, weight):
+    """(..., C) class means -> (..., 5): relative L1 gap sum |adv - nat| / sum |nat|; cosine;
+    sum adv / sum nat over the channels of positive (PR) and of negative weight (NR);
+    Spearman correlation of nat with the weight over the PR channels."""
+    positive = weight > 0
+    gap = np.abs(adv - nat).sum(-1) / np.abs(nat).sum(-1)
+    cosine = (nat * adv).sum(-1) / (np.linalg.norm(nat, axis=-1) * np.linalg.norm(adv, axis=-1))
+    over = [adv[..., s].sum(-1) / np.maximum(nat[..., s].sum(-1), 1e-12)
+            for s in (positive, ~positive)]
+    if positive.sum() < 3:
+        return np.stack((gap, cosine, *over, np.full_like(gap, np.nan)), -1)
+    ranks = rankdata(nat[..., positive], axis=-1)
+    ranks -= ranks.mean(-1, keepdims=True)
+    order = rankdata(weight[positive])
+    order -= order.mean()
+    rho = ranks @ order / np.maximum(np.linalg.norm(ranks, axis=-1) * np.linalg.norm(order),
+                                     1e-12)
+    return np.stack((gap, cosine, *over, rho), -1)
+
+
+def step_cost(args, data, device, repeats=30, limit=40.0):
+    """Seconds per training step of the vanilla and the CIFS network, taking turns: pairs,
+    `repeats` of them or as many as `limit` seconds allow."""
+    generator = common.make_generator('cost', device=device)
+    n = min(args.batch_size, len(data.test[1]))
+    x, y = common.to_float(data.test[0][:n]), data.test[1][:n]
+    threat = dict(eps=args.eps, step_size=args.step_size, steps=args.steps, norm=args.norm)
+    dtype = common.pick_precision(device, args.amp)
+    jobs = []
+    for arm in ('vanilla', 'cifs'):
+        model = builder(args, arm)(args.arch, len(data.classes), data.shape, 0).to(device)
+        if args.compile:
+            model.compile()
+        jobs.append((model.train(), torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)))
+    loss_fn, seconds = training_loss('pgd', args.beta), []
+    started = time.perf_counter()
+    while len(seconds) < repeats + 2 and (len(seconds) < 5
+                                          or time.perf_counter() - started < limit):
+        row = []
+        for model, optimizer in jobs:
+            if device.type == 'cuda':
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss = loss_fn(model, x, y, threat, generator)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if device.type == 'cuda':
+                torch.cuda.synchronize()
+            row.append(time.perf_counter() - start)
+        seconds.append(row)
+    return seconds[2:]  # the first two warm up
+
+
+def chosen_pair(args, data, model, seed, device):
+    """(robust, non-robust class): the paper's for CIFAR-10, elsewhere those of the highest and
+    lowest PGD-20 accuracy of the vanilla network on the validation images."""
+    if args.dataset in PAIR:
+        return [data.classes.index(name) for name in PAIR[args.dataset]]
+    attack = partial(pgd, eps=args.eps, step_size=args.eps / 10, steps=20, norm=args.norm,
+                     drop_fooled=True,
+                     generator=common.make_generator('pair', seed, device=device))
+    rates = common.class_rates(common.correct_under(model, *data.val, attack).cpu().numpy(),
+                               data.val[1].cpu().numpy())
+    return [int(rates.argmax()), int(rates.argmin())]
+
+
+# ------------------------------------------------------------------------------- the figures
+
+def arm_runs(results, arm, training=None):
+    """The measurements of one arm, one for each seed."""
+    config = results['config']
+    return [results[f'{training or config["trainings"][0]}/{arm}-s{s}'] for s in config['seeds']]
+
+
+def draw(results, folder):
+    """All figures, from results.json alone."""
+    arms = {arm: arm_runs(results, arm) for arm in results['config']['arms']}
+    figure_activations(results, folder)
+    figure_classes(results, arms, folder)
+    if 'cifs' in results['activations']:
+        figure_masks(results, folder)
+    figure_training(arms, folder)
+    figure_attacks(arms, folder)
+    figure_worst_case(arms, folder)
+    figure_eps(results, arms, folder)
+    if len(results['config']['trainings']) > 1:
+        figure_trainings(results, folder)
+    if results['config']['ablate']:
+        figure_ablations(results, folder)
+
+
+def figure_activations(results, folder):
+    """The paper's motivating figure: activations above, the class's weights below."""
+    rows = [('standard', 'standard', None), ('vanilla', 'PGD-AT', None)]
+    found = results['activations']
+    if 'cifs' in found:
+        place = list(found['cifs']['layers'])[-1]
+        rows += [('cifs', 'CIFS, before its mask', place), ('cifs', 'CIFS, after its mask', None)]
+    rows = [row for row in rows if row[0] in found]
+    fig, axes = common.new_figure(2 * len(rows), 2, 8.0, 2.0 * len(rows),
+                                  height_ratios=[2, 1] * len(rows))
+    for i, (key, title, place) in enumerate(rows):
+        one = found[key]
+        values = one['layers'][place] if place else one
+        nat, adv, weight = (common.unpack(v) for v in (values['nat'], values['adv'],
+                                                       one['weight']))
+        for j, k in enumerate(results['pair']):
+            order = (-weight[k]).argsort()
+            top, low = axes[2 * i, j], axes[2 * i + 1, j]
+            size = max(nat[k].max(), adv[k].max(), 1e-12)
+            at = np.arange(len(order))
+            for value, colour, label in ((adv[k], '#D55E00', 'PGD-20 images'),
+                                         (nat[k], '#0072B2', 'natural images')):
+                top.bar(at, value[order] / size, 1.0, color=colour, alpha=0.6, label=label)
+            low.plot(at, weight[k][order] / abs(weight[k]).max(), color='k')
+            for axis in (top, low):
+                axis.axvline((weight[k] > 0).sum() - 0.5, color='0.5', ls=':', lw=1)
+                axis.set_xlim(-0.5, len(order) - 0.5)
+            low.axhline(0, color='0.7', lw=0.8)
+            top.set(title=f"{title}: {results['classes'][k]} "
+                          f"({('robust', 'not robust')[j]})", xticklabels=[], ylim=(0, 1.05))
+            if j == 0:
+                top.set_ylabel('mean\nactivation')
+                low.set_ylabel('weight')
+            if i == len(rows) - 1:
+                low.set_xlabel("channels, by the class's weight in the last layer")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
+    fig.suptitle('Adversarial images activate channels that speak against the class (right of '
+                 'the dotted line)')
+    common.save_figure(fig, folder, 'fig1_channel_activations')
+
+
+def figure_classes(results, arms, folder):
+    names, y = results['classes'], np.array(results['test_labels'])
+    fig, axes = common.new_figure(1, 2, 9.0, 3.4, width_ratios=[2, 1])
+    axis, shown = axes[0, 0], [a for a in ('vanilla', 'cifs') if a in arms]
+    for i, arm in enumerate(shown):
+        natural, robust = (100 * common.class_rates(stack_correct(arms[arm], n), y)
+                           for n in ('natural', 'worst'))
+        at = np.arange(len(natural)) + 0.24 * (i - (len(shown) - 1) / 2)
+        axis.vlines(at, robust, natural, color=ARM_COLOURS[arm], alpha=0.35, lw=1)
+        axis.plot(at, natural, 'o', ms=4, mfc='none', color=ARM_COLOURS[arm],
+                  label=f'{ARM_NAMES[arm]}, natural')
+        axis.plot(at, robust, 'o', ms=4, color=ARM_COLOURS[arm],
+                  label=f'{ARM_NAMES[arm]}, worst case')
+    axis.set(ylabel='test accuracy (%)', ylim=(-3, 103), xticks=range(len(names)),
+             title='Classes differ in robustness')
+    axis.set_xticklabels(names, rotation=30, ha='right')
+    axis = axes[0, 1]
+    if 'vanilla' in arms:
+        rho = common.unpack(results['activations']['vanilla']['stats'])[0, :, 4]
+        rates = 100 * common.class_rates(stack_correct(arms['vanilla'], 'final'), y)
+        axis.plot(rho, rates, 'o', color=ARM_COLOURS['vanilla'])
+        for k, name in enumerate(names):
+            axis.annotate(name, (rho[k], rates[k]), fontsize=7, xytext=(3, 3),
+                          textcoords='offset points')
+        axis.margins(x=0.2)
+    axis.set(xlabel='Spearman correlation of activation\nand weight over the PR channels',
+             ylabel='PGD-20 accuracy (%)', title='Vanilla: the ten classes'
+             if len(names) == 10 else 'Vanilla: the classes')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    common.save_figure(fig, folder, 'fig2_classes')
+
+
+def figure_masks(results, folder):
+    one, names = results['activations']['cifs'], results['classes']
+    fig, axes = common.new_figure(1, len(one['layers']) + 1, 3.7 * (len(one['layers']) + 1), 3.2)
+    bars = [('head, vanilla', common.unpack(results['activations']['vanilla']['nr_share']))] \
+        if 'vanilla' in results['activations'] else []
+    for axis, (place, layer) in zip(axes[0], one['layers'].items()):
+        mask, relevance = common.unpack(layer['mask']), common.unpack(layer['relevance'])
+        ranked = np.take_along_axis(mask, (-relevance).argsort(1), 1)
+        shown = axis.imshow(ranked, aspect='auto', interpolation='nearest', vmin=0)
+        fig.colorbar(shown, ax=axis, shrink=0.8)
+        axis.set(title=f'mask after {place}', yticks=range(len(names)), yticklabels=names,
+                 xlabel='channels, most relevant\nto the true class first')
+        axis.grid(False)
+        bars += [(f'{place}, {when} its mask', common.unpack(layer[when]))
+                 for when in ('before', 'after')]
+    axis = axes[0, -1]
+    axis.barh(range(len(bars)), [100 * v.mean() for _, v in bars], color=[
+        ARM_COLOURS['cifs' if 'mask' in label else 'vanilla'] for label, _ in bars])
+    axis.set(yticks=range(len(bars)), yticklabels=[label for label, _ in bars],
+             title='in channels of negative relevance',
+             xlabel='share of the activation\nby PGD-20 images (%)')
+    axis.invert_yaxis()
+    fig.suptitle('CIFS: masks that adversarial images get (mean of each class), and what they '
+                 'suppress')
+    common.save_figure(fig, folder, 'fig3_masks')
+
+
+def figure_training(arms, folder):
+    fig, axes = common.new_figure(1, len(arms), 2.2 * len(arms) + 1, 2.8, sharey=True)
+    for axis, (arm, runs) in zip(axes[0], arms.items()):
+        for i, run in enumerate(runs):
+            epochs = [row['epoch'] for row in run['history']]
+            for key, colour, style, label in (
+                    ('val_natural', '#0072B2', '-', 'natural, validation'),
+                    ('train_robust', '#E69F00', '--', 'PGD-10, training images'),
+                    ('val_robust', '#D55E00', '-', 'PGD-10, validation')):
+                axis.plot(epochs, [100 * row[key] for row in run['history']], style,
+                          color=colour, marker='.', label=None if i else label)
+            axis.axvline(run['best_epoch'], color='0.6', lw=1, ls=':',
+                         label=None if i else 'best checkpoint')
+        axis.set(title=ARM_NAMES[arm], xlabel='epoch', ylim=(-3, 103))
+    axes[0, 0].set_ylabel('accuracy (%)')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    fig.suptitle('Accuracy through training (PGD-10 on the joint loss)')
+    common.save_figure(fig, folder, 'fig4_training')
+
+
+def figure_attacks(arms, folder):
+    fig, axes = common.new_figure(1, 1, 7.5, 3.4)
+    for arm, runs in arms.items():
+        found = [mode for mode in MODES if mode in runs[0]['correct']]
+        values = 100 * np.array([bootstrap(np.mean, stack_correct(runs, mode), draws=300)
+                                 for mode in found]).T
+        axes[0, 0].errorbar([list(MODES).index(mode) for mode in found], values[0],
+                            (values[0] - values[1], values[2] - values[0]), marker='o', ms=4,
+                            elinewidth=0.6, color=ARM_COLOURS[arm], label=ARM_NAMES[arm])
+    axes[0, 0].set(xticks=range(len(MODES)), ylim=(0, 102),
+                   ylabel='accuracy under PGD-20 (%)', xlabel='loss that the attack maximises',
+                   title='An attack that ignores the probes flatters masked networks '
+                         '(best checkpoint)')
+    axes[0, 0].set_xticklabels(list(MODES.values()), rotation=25, ha='right')
+    fig.legend(loc='outside lower center', ncols=len(arms))
+    common.save_figure(fig, folder, 'fig5_attacks')
+
+
+def figure_worst_case(arms, folder):
+    order = list(dict.fromkeys(name for runs in arms.values() for name in runs[0]['correct']
+                               if name != 'worst'))
+    order.sort(key=list(ATTACK_NAMES).index)
+    fig, axes = common.new_figure(1, 1, 8.5, 4.4)
+    for arm, runs in arms.items():
+        left, curve = 1.0, []
+        for name in order:
+            if name in runs[0]['correct']:
+                left = left * stack_correct(runs, name)
+            curve.append(100 * np.mean(left))
+        axes[0, 0].plot(range(len(order)), curve, marker='o', ms=3.5, color=ARM_COLOURS[arm],
+                        label=f'{ARM_NAMES[arm]}: {curve[-1]:.1f} %')
+    axes[0, 0].set(xticks=range(len(order)), ylabel='test images still right (%)', ylim=(0, 102),
+                   title='Worst case for each image, one attack after the other (best '
+                         'checkpoint)')
+    axes[0, 0].set_xticklabels([ATTACK_NAMES[n] for n in order], rotation=50, ha='right',
+                               fontsize=7)
+    fig.legend(loc='outside lower center', ncols=len(arms))
+    common.save_figure(fig, folder, 'fig6_worst_case')
+
+
+def figure_eps(results, arms, folder):
+    config = results['config']
+    eps, unit = common.eps_axis(config)
+    fig, axes = common.new_figure(1, 1, 5.0, 3.2)
+    for arm, runs in arms.items():
+        axes[0, 0].plot(eps, 100 * np.mean([run['eps_curve'] for run in runs], 0), marker='o',
+                        ms=3.5, color=ARM_COLOURS[arm], label=ARM_NAMES[arm])
+    axes[0, 0].axvline(eps[common.EPS_MULTIPLES.index(1)], color='0.6', ls=':', lw=1,
+                       label='eps of the training')
+    axes[0, 0].axhline(100 / len(results['classes']), color='0.6', ls='--', lw=1, label='chance')
+    axes[0, 0].set(xlabel=f'eps of the attack ({unit})', ylim=(-3, 103),
+                   ylabel='accuracy under PGD-20,\njoint loss (%)',
+                   title='Robust accuracy falls with eps; it must reach 0')
+    axes[0, 0].legend()
+    common.save_figure(fig, folder, 'fig7_eps')
+
+
+def figure_trainings(results, folder):
+    config = results['config']
+    fig, axes = common.new_figure(1, 2, 8.0, 3.2, sharey=True)
+    for axis, name in zip(axes[0], ('natural', 'worst')):
+        for i, arm in enumerate(config['arms']):
+            values = 100 * np.array([bootstrap(np.mean, stack_correct(
+                arm_runs(results, arm, t), name), draws=300) for t in config['trainings']]).T
+            at = np.arange(len(config['trainings'])) + 0.8 / len(config['arms']) * (
+                i - (len(config['arms']) - 1) / 2)
+            axis.bar(at, values[0], 0.74 / len(config['arms']), color=ARM_COLOURS[arm],
+                     yerr=(values[0] - values[1], values[2] - values[0]),
+                     error_kw=dict(lw=0.8, ecolor='0.4'), label=ARM_NAMES[arm])
+        axis.set(xticks=range(len(config['trainings'])),
+                 xticklabels=[TRAINING_NAMES[t] for t in config['trainings']],
+                 title={'natural': 'natural', 'worst': 'worst case'}[name])
+    axes[0, 0].set(ylabel='test accuracy (%)', ylim=(0, 103))
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center',
+               ncols=len(config['arms']))
+    common.save_figure(fig, folder, 'fig8_trainings')
+
+
+def figure_ablations(results, folder):
+    groups = results['ablations']
+    fig, axes = common.new_figure(1, len(groups), 3.0 * len(groups) + 0.5, 3.2, sharex=True)
+    for axis, (name, arms) in zip(axes[0], groups.items()):
+        for i, arm in enumerate(arms):
+            runs = arm_runs(results, arm)
+            for value, style in ((stack_correct(runs, 'natural'), dict(mfc='none')),
+                                 (worst_mode(runs, 'correct'), {})):
+                v, low, high = 100 * np.array(bootstrap(np.mean, value, draws=300))
+                axis.errorbar(v, i, xerr=[[v - low], [high - v]], marker='o', lw=0.8,
+                              color=ARM_COLOURS['cifs'], **style)
+        axis.set(yticks=range(len(arms)), title=name, xlabel='test accuracy (%)', xlim=(0, 103),
+                 yticklabels=[arm.removeprefix('cifs, ') for arm in arms])
+        axis.invert_yaxis()
+    fig.suptitle('CIFS with one thing changed: natural (open) and worst-mode PGD (filled) '
+                 'accuracy, best checkpoint')
+    common.save_figure(fig, folder, 'fig9_ablations')
+
+
+# -------------------------------------------------------------------------------- the claims
+
+def worst_mode(runs, which, long=True):
+    """Right in every mode of PGD-20, and of PGD-100 if long: (seeds, images) of 0.0 and 1.0."""
+    names = [m for m in MODES if m in runs[0][which]] + ['pgd100'] * long
+    return np.min([stack_correct(runs, name, which) for name in names], 0)
+
+
+def judge(results, folder):
+    """The claims V1 to V16 of this repository's reading of the paper, and controls."""
+    config = results['config']
+    arms = {arm: arm_runs(results, arm) for arm in config['arms']}
+    cifar18 = config['dataset'] == 'cifar10' and config['arch'] == 'resnet18'
+    seeds = f'{len(config["seeds"])} seed' + 's' * (len(config['seeds']) > 1)
+    paper, logs = 'Yan et al. 2021', "authors' logs"
+    claims = []
+
+    def add(text, source, value, low, high, involved, threshold=0.0, reference='-', why=None,
+            unit=' points', below=False):
+        """One row: supported if the interval lies above (below) the threshold."""
+        verdict = effect_verdict(-high, -low, -threshold) if below else \
+            effect_verdict(low, high, threshold)
+        if any(run['collapsed'] for arm in involved for run in arms.get(arm, ())):
+            verdict = 'uninformative: collapsed model'
+        elif why:
+            verdict = f'uninformative: {why}'
+        a, b, c = (f'{v:.3g}' if unit == '' else f'{100 * v:+.1f}' if unit == ' points'
+                   else f'{100 * v:.0f}' for v in (value, low, high))
+        measured = f'{a}{unit} [{b}, {c}]'
+        claims.append(claim(text, source, measured, verdict, reference))
+
+    def compare(text, source, a, b, involved, **options):
+        add(text, source, *bootstrap(lambda u, v: u.mean() - v.mean(), a, b), involved,
+            **options)
+
+    def reference(text):
+        return f"{text} ({logs}, CIFAR-10, ResNet-18)" if cifar18 else '-'
+
+    motivation_claims(results, arms, add, reference)
+    if {'vanilla', 'cifs'} <= set(arms):
+        v, c = arms['vanilla'], arms['cifs']
+        both = ('vanilla', 'cifs')
+        for long, text, value in ((False, 'PGD-20', '+4.6'), (True, 'PGD-100', '+4.1')):
+            compare(f'V6 CIFS beats vanilla AT at the last epoch: worst mode of {text}, '
+                    f'difference over {seeds}', paper, worst_mode(c, 'correct_last', long),
+                    worst_mode(v, 'correct_last', long), both, reference=reference(value))
+        compare('V7 The same at the best checkpoint, worst case over the whole suite', 'control',
+                stack_correct(c, 'worst'), stack_correct(v, 'worst'), both,
+                reference=reference('-1.6, APGD-CE then Square, first 2000 images'))
+    if {'cas', 'cifs'} <= set(arms):
+        compare('V8 CIFS beats CAS under attacks that know the probes: last epoch, worst mode '
+                'of PGD-100', paper, worst_mode(arms['cifs'], 'correct_last'),
+                worst_mode(arms['cas'], 'correct_last'), ('cas', 'cifs'),
+                reference=reference('+2.2'))
+    adaptive_claims(arms, add, reference)
+    ablation_claims(results, arms, add, claims)
+    if 'cifs' in arms:
+        black_box_claim(arms, add, reference)
+    for arm, runs in arms.items():
+        claims.append(common.masking_claim(ARM_NAMES[arm], runs))
+    if 'cost' in results:
+        value, low, high = bootstrap(lambda a, b: np.median(b) / np.median(a),
+                                     *np.array(results['cost']).T)
+        add(f'V13 CIFS costs little: its training step takes at most {COST:.2f} times as long as '
+            "vanilla's", paper, value, low, high, (), threshold=COST, below=True, unit='',
+            reference=f'about 1.03 per epoch, on a GPU ({logs})')
+    if {'vanilla', 'cifs'} <= set(arms):
+        same = all(run['best_epoch'] == len(run['history']) for run in v + c)
+        value = bootstrap(lambda a, b, d, e: (a.mean() - b.mean()) - (d.mean() - e.mean()),
+                          *(worst_mode(runs, which, False) for runs in (v, c)
+                            for which in ('correct', 'correct_last')))
+        add('V14 Less robust overfitting: best minus last epoch, worst mode of PGD-20, vanilla '
+            'minus CIFS', logs, *value, both,
+            why='the last epoch is the best of both' if same else None)
+        trainings_claims(results, compare, claims)
+        compare(f'V16 Small natural cost: CIFS minus vanilla, last epoch, is above '
+                f'-{100 * NATURAL_COST:.0f} points', paper,
+                stack_correct(c, 'natural', 'correct_last'),
+                stack_correct(v, 'natural', 'correct_last'), both, threshold=-NATURAL_COST,
+                reference=reference('-0.7'))
+    for other, text in (('probes', 'Control: the mask helps, not the probes alone: CIFS minus '
+                         'probes without mask, worst case'),
+                        ('blind', 'Control: showing the masks the labels in training helps: '
+                         'CIFS minus CIFS without, worst case'),
+                        ('random', 'Control: the relevance helps: CIFS minus a random mask, '
+                         'worst case'),
+                        ('head', "Control: the probes help: CIFS minus the head's own weights "
+                         'as mask, worst case')):
+        if {other, 'cifs'} <= set(arms):
+            compare(text, 'control', stack_correct(arms['cifs'], 'worst'),
+                    stack_correct(arms[other], 'worst'), ('cifs', other))
+    if 'cifs' in arms:
+        told = np.stack([common.unpack(run['told']) for run in arms['cifs']]).astype(float)
+        compare('Control: the mask tells the label: natural accuracy with the label\'s mask, '
+                'as in training, minus with the predicted one', 'control', told,
+                stack_correct(arms['cifs'], 'natural'), ('cifs',))
+    common.write_claims(claims, folder)
+    return claims
+
+
+def motivation_claims(results, arms, add, reference):
+    """V1 to V5, on the first seed; intervals from resampled test images."""
+    paper, found = 'Yan et al. 2021', results['activations']
+    y, names = np.array(results['test_labels']), results['classes']
+
+    def interval(values):
+        low, high = np.nanpercentile(values[1:], (2.5, 97.5))
+        return values[0], low, high
+
+    if {'standard', 'vanilla'} <= set(found):
+        std, at = (common.unpack(found[m]['stats']) for m in ('standard', 'vanilla'))
+        shrinks = (at[..., 0] < GAP_SHRINKS * std[..., 0]).mean(1)
+        aligned = (at[..., 1] > COSINE).mean(1)
+        add(f'V1 AT aligns natural and adversarial activations: share of classes whose relative '
+            f'L1 gap falls below {GAP_SHRINKS:g} of the standard network\'s (medians '
+            f'{np.median(std[0, :, 0]):.2f} and {np.median(at[0, :, 0]):.2f}) and whose cosine '
+            f'exceeds {COSINE}, the smaller of both; at least {CLASSES_SHARE:.0%}', paper,
+            *interval(np.minimum(shrinks, aligned)), ('vanilla',), unit=' % of classes',
+            threshold=CLASSES_SHARE - 1e-6, reference=reference(
+                'gaps 1.35 to 0.23, automobile; 1.13 to 0.10, cat; digitised'))
+        over = ((at[..., 3] > OVER_ACTIVATED) & (at[..., 3] > at[..., 2])).mean(1)
+        add(f'V2 NR channels stay over-activated after AT: share of classes with adversarial / '
+            f'natural activation on NR above {OVER_ACTIVATED} and above that on PR (medians '
+            f'{np.median(at[0, :, 3]):.2f}, {np.median(at[0, :, 2]):.2f}); at least '
+            f'{OVER_SHARE:.0%}', paper, *interval(over), ('vanilla',), unit=' % of classes',
+            threshold=OVER_SHARE - 1e-6, reference=reference('1.9 and 1.4, digitised'))
+    if 'vanilla' in arms:
+        correct = stack_correct(arms['vanilla'], 'final')
+        rates = common.class_rates(correct, y)
+        add(f'V3 Classes differ in robustness: best ({names[rates.argmax()]}) minus worst '
+            f'({names[rates.argmin()]}) class, PGD-20, exceeds {100 * CLASS_SPREAD:.0f} points',
+            paper, *bootstrap(lambda a, b: np.ptp(common.class_rates(a, b)), correct,
+                              np.broadcast_to(y, correct.shape)), ('vanilla',),
+            threshold=CLASS_SPREAD)
+        rho = at[..., 4]
+        robust, weak = results['pair']
+        add(f'V4 Activation follows relevance in the robust class more than in the non-robust '
+            f'one: Spearman over PR, {names[robust]} minus {names[weak]}, is at least '
+            f'{RHO_GAP:g}', paper, *interval(rho[:, robust] - rho[:, weak]), ('vanilla',),
+            threshold=RHO_GAP, unit='',
+            reference=reference('0.94 and 0.65, digitised and smoothed'))
+        rng, counts = np.random.default_rng(0), np.bincount(y, minlength=len(names))
+        drawn = np.concatenate((rates[None], rng.binomial(counts, rates, (len(rho) - 1,
+                                                                          len(rates))) / counts))
+        ranks = [rankdata(v, axis=1) - (len(names) + 1) / 2 for v in (rho, drawn)]
+        add(f'V4 Over all classes, that correlation goes with PGD-20 accuracy: rank '
+            f'correlation exceeds {RHO_RANK:g}', paper,
+            *interval((ranks[0] * ranks[1]).sum(1) / np.sqrt(
+                (ranks[0] ** 2).sum(1) * (ranks[1] ** 2).sum(1)).clip(1e-12)),
+            ('vanilla',), threshold=RHO_RANK, unit='')
+    if 'cifs' in found:
+        layers = found['cifs']['layers']
+        for place, layer in layers.items():
+            add(f'V5 The mask after {place} suppresses channels of negative relevance: their '
+                'share of the adversarial activation, before minus after', paper,
+                *bootstrap(lambda a, b: a.mean() - b.mean(), common.unpack(layer['before']),
+                           common.unpack(layer['after'])), ('cifs',))
+        if 'vanilla' in found:
+            add("V5 Share of the last layer's adversarial input in channels of negative weight, "
+                'vanilla minus CIFS', paper,
+                *bootstrap(lambda a, b: a.mean() - b.mean(),
+                           *(common.unpack(found[m]['nr_share']) for m in ('vanilla', 'cifs'))),
+                ('vanilla', 'cifs'))
+
+
+def adaptive_claims(arms, add, reference):
+    """V9: the attack must aim at the probes, too."""
+    def drop(*modes):  # the final loss's accuracy minus that of the strongest joint attack
+        return modes[0].mean() - min(m.mean() for m in modes[1:])
+
+    values = {arm: [stack_correct(arms[arm], mode) for mode in MODES
+                    if mode == 'final' or mode.startswith('joint')]
+              for arm in ('cifs', 'cas') if arm in arms}
+    for arm in values:
+        add(f'V9 An attack on the final loss alone flatters {ARM_NAMES[arm]}: its PGD-20 '
+            'accuracy minus that of the strongest joint attack', "authors' logs",
+            *bootstrap(drop, *values[arm]), (arm,),
+            reference=reference('CAS about 15 (PGD-20, weight 0.1 against 1000)')
+            if arm == 'cas' else '-')
+    if len(values) == 2:
+        n = len(values['cifs'])
+        add('V9 It flatters CAS more than CIFS: difference of the two', "authors' logs",
+            *bootstrap(lambda *v: drop(*v[n:]) - drop(*v[:n]), *values['cifs'],
+                       *values['cas']), ('cifs', 'cas'))
+
+
+def black_box_claim(arms, add, reference):
+    """V12: after APGD, the black-box Square attack finds no more than the threshold."""
+    if 'square' in arms['cifs'][0]['correct']:
+        gap = bootstrap(lambda a, b: a.mean() - b.mean(),
+                        *(stack_correct(arms['cifs'], n) for n in ('apgd', 'square')))
+        add(f'V12 No masked gradients: on CIFS, Square finds at most {100 * BLACK_BOX_GAP:g} '
+            'points that joint APGD missed', 'control', *gap, ('cifs',), below=True,
+            threshold=BLACK_BOX_GAP + 1e-6, reference=reference('2.5 best, 2.0 last'))
+
+
+def trainings_claims(results, compare, claims):
+    """V15: CIFS on top of other ways to train."""
+    trainings = results['config']['trainings']
+    for training in trainings[1:]:
+        c, v = (arm_runs(results, arm, training) for arm in ('cifs', 'vanilla'))
+        why = 'collapsed model' if any(run['collapsed'] for run in c + v) else None
+        compare(f'V15 CIFS combines with {TRAINING_NAMES[training]}: with minus without, worst '
+                'case', 'Yan et al. 2021', stack_correct(c, 'worst'), stack_correct(v, 'worst'),
+                (), why=why, reference="-5.2, PGD-100, last epoch, unequal lambda (authors' "
+                'logs, CIFAR-10, ResNet-18)' if training == 'trades' else '-')
+    if len(trainings) == 1:
+        claims.append(claim('V15 CIFS combines with TRADES, MART and FAT', 'Yan et al. 2021', '-',
+                            'uninformative: not run (--trainings pgd trades mart fat)'))
+
+
+def ablation_claims(results, arms, add, claims):
+    """V10 and V11: what CIFS is made of, on the worst mode of PGD-20 and PGD-100."""
+    groups = results['ablations']
+
+    def runs(label):
+        return arm_runs(results, f'cifs, {label}')
+
+    def row(text, group, ours, others, source, naturally=False):
+        """The least of `ours` minus the best of `others`."""
+        involved = [run for label in ours + others for run in runs(label)]
+        values = [stack_correct(runs(label), 'natural') if naturally
+                  else worst_mode(runs(label), 'correct') for label in ours + others]
+        n = len(ours)
+        effect = bootstrap(lambda *v: min(a.mean() for a in v[:n])
+                           - max(a.mean() for a in v[n:]), *values)
+        add(text, source, *effect, (), why='collapsed model' if any(
+            run['collapsed'] for run in involved) else None)
+
+    if 'beta' in groups:
+        for naturally, what in ((False, 'worst mode'), (True, 'natural')):
+            row(f'V10 beta 1, 2 and 10 all beat 0.1 and 100: {what} accuracy, the least minus '
+                'the best', 'beta', ['beta=1', 'beta=2', 'beta=10'], ['beta=0.1', 'beta=100'],
+                "authors' logs", naturally)
+    rows = (('k', 'V11 top-2 beats top-1', ['k=2'], ['k=1']),
+            ('k', 'V11 top-2 beats top-3', ['k=2'], ['k=3']),
+            ('probe', 'V11 a nonlinear first probe beats a linear one', ['nonlinear + linear'],
+             ['linear + linear']),
+            ('layers', 'V11 two places beat one', ['both places'],
+             ['first place', 'second place']),
+            ('imgf', 'V11 softmax beats sigmoid, softplus and relu', ['softmax T=1'],
+             ['sigmoid', 'softplus', 'relu']))
+    for group, text, ours, others in rows:
+        if group in groups:
+            row(f'{text}: worst mode, difference', group, ours, others,
+                'our reading of Yan et al. 2021, unconfirmed')
+    missing = {'beta', 'k', 'probe', 'layers', 'imgf'} - set(groups)
+    if missing:
+        claims.append(claim('V10, V11 What CIFS is made of: ' + ', '.join(sorted(missing)),
+                            'Yan et al. 2021', '-', 'uninformative: not run (--ablate '
+                            + ' '.join(sorted(missing)) + ')'))
+
+
+# --------------------------------------------------------------------------------------------
+
+def print_table(results):
+    """Accuracy of every arm."""
+    names = ('natural', 'final', 'joint 2', 'pgd100', 'apgd', 'worst')
+    config = results['config']
+    jobs = [(t, a) for t in config['trainings'] for a in config['arms']]
+    jobs += [(config['trainings'][0], a) for arms in results['ablations'].values() for a in arms]
+    common.log.info('\n%-34s' + '%10s' * len(names) + '%9s', 'best epoch', 'natural', 'final',
+                    'joint', 'PGD-100', 'APGD', 'worst', 'minutes')
+    for training, arm in jobs:
+        runs = arm_runs(results, arm, training)
+        rates = [100 * stack_correct(runs, n).mean() if n in runs[0]['correct'] else math.nan
+                 for n in names]
+        common.log.info('%-34s' + '%9.1f%%' * len(names) + '%9.1f',
+                        f'{TRAINING_NAMES[training]}, {ARM_NAMES.get(arm, arm)}', *rates,
+                        sum(run['seconds'] for run in runs) / 60)
+
+
+def study(args):
+    """Train and measure; returns (folder, results)."""
+    device = common.pick_device(args.device)
+    places(args.arch)
+    folder, config = common.start_run('cifs', args)
+    data = common.load_data(args.dataset, args.data_root, trust=args.trust_data,
+                            train_size=args.train_size, test_size=args.test_size,
+                            image_size=args.image_size, pad=args.pad, device=device)
+    results = common.load_results(folder, config, __file__, args.fresh)
+    groups = {name: [arm for arm, _ in ablation_arms(args, [name])] for name in args.ablate}
+    results |= dict(classes=data.classes, test_labels=data.test[1].tolist(), ablations=groups)
+    if 'vanilla' in args.arms and 'cifs' in args.arms:
+        common.measure(results, 'cost', lambda: step_cost(args, data, device), folder)
+    rows = []
+    for seed in args.seeds:
+        def model(trained, build):
+            return common.restore(trained, 'best', args, data, device, build)
+
+        jobs = [('standard', 'vanilla')] + [(t, a) for t in args.trainings for a in args.arms]
+        jobs += [(args.trainings[0], arm) for arms in groups.values() for arm in arms]
+        trained = {}
+        for job in jobs:
+            trained[job] = train_arm(args, data, job[1], job[0], seed, device)
+            rows += [row | dict(arm=job[1]) for row in trained[job][0]['history']]
+            common.write_metrics(folder / 'metrics.csv', rows)
+        standard = model(*trained['standard', 'vanilla'])
+        for training, arm in jobs[1:]:
+            source = trained.get((training, 'cifs' if arm == 'vanilla' else 'vanilla'))
+            common.measure(results, f'{training}/{arm}-s{seed}', lambda: _evaluate(
+                args, data, trained[training, arm], model(*source) if source else standard,
+                seed, device, arm, training), folder)
+        if seed == args.seeds[0]:
+            first = {'standard': standard} | {
+                arm: model(*trained[args.trainings[0], arm]) for arm in ('vanilla', 'cifs')
+                if arm in args.arms}
+            common.measure(results, 'pair', lambda: chosen_pair(
+                args, data, first.get('vanilla', standard), seed, device), folder)
+            common.measure(results, 'activations', lambda: {
+                name: activations(args, data, net, seed, device)
+                for name, net in first.items()}, folder)
+    return folder, json.loads(Path(folder, 'results.json').read_text())
+
+
+def _evaluate(args, data, trained, other, seed, device, arm, training):
+    common.log.info('%s with %s, seed %d: best checkpoint', ARM_NAMES.get(arm, arm),
+                    TRAINING_NAMES[training], seed)
+    return evaluate_arm(args, data, *trained, other, seed, device, brief=arm not in ARM_NAMES)
+
+
+def main(argv=None):
+    parser = common.make_parser(__doc__, DEFAULTS)
+    add = parser.add_argument
+    add('--arms', nargs='+', choices=ARM_NAMES, metavar='A', help='of ' + ', '.join(ARM_NAMES))
+    add('--trainings', nargs='+', choices=TRAINING_NAMES, metavar='T', help='of pgd, trades, '
+        'mart, fat; the first is the one that figures and most claims are about')
+    add('--ablate', nargs='*', choices=('imgf', 'k', 'layers', 'probe', 'beta'), metavar='X',
+        help='train CIFS with one thing changed: imgf, k, layers, probe, beta')
+    add('--imgf', choices=IMGFS, help='mask from relevance: ' + ', '.join(IMGFS))
+    add('--temperature', type=common.positive, help='T of softmax(g / T)')
+    add('--alpha', type=common.positive, help='of sigmoid (10) and softplus (5)')
+    add('--mask-sum', type=common.number, help='of the softmax mask; 0: the number of channels')
+    add('--topk', type=common.count, help='classes that define the relevance')
+    add('--beta', type=common.number, help='weight of the probes in the joint loss')
+    add('--exact', action='store_true', default=None,
+        help="train with the mask's gradient, too (the authors leave it out)")
+    add('--warm-start', type=common.whole, metavar='EPOCHS',
+        help='on natural images first, every arm')
+    add('--apgd-steps', type=common.count)
+    add('--square-queries', type=common.count)
+    add('--targeted-steps', type=common.count, help='for each of the wrong classes')
+    add('--restarts', type=common.count)
+    args = common.parse(parser, argv)
+    if args.plot_only:
+        folder, results = common.open_results(args.plot_only)
+    else:
+        folder, results = study(args)
+    print_table(results)
+    draw(results, folder)
+    judge(results, folder)
+    common.log.info('\nfigures and results in %s', folder)
+
+
+if __name__ == '__main__':
+    common.entry(main)

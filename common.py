@@ -1385,6 +1385,20 @@ def masking_check(model, x, y, correct, *, eps, norm='linf', loss='margin', gene
     return {k: (value, limit, value > limit) for k, (value, limit) in checks.items()}
 
 
+EPS_MULTIPLES = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8)  # 0 to 64/255 at eps 8/255
+
+
+def eps_curve(model, x, y, *, eps, norm='linf', loss='margin', generator=None):
+    """Accuracy under PGD-20 at EPS_MULTIPLES of eps, a list of floats; it must reach 0."""
+    accuracy = []
+    for multiple in EPS_MULTIPLES:
+        radius = min(multiple * eps, 1.0 if norm == 'linf' else math.inf)
+        attack = partial(pgd, eps=radius, norm=norm, steps=20, step_size=radius / 8, loss=loss,
+                         drop_fooled=True, generator=generator)
+        accuracy.append(correct_under(model, x, y, attack).float().mean().item())
+    return accuracy
+
+
 # ------------------------------------------------------------------------------ 6. Training
 
 # Each method is a function (model, x, y, threat, generator) -> loss of one batch, where threat
@@ -1716,6 +1730,21 @@ def unpack(packed):
 def stack_correct(runs, name, which='correct'):
     """(seeds, images) array of 0.0 and 1.0: runs[i][which][name] of every seed, unpacked."""
     return np.stack([unpack(run[which][name]) for run in runs]).astype(float)
+
+
+def class_rates(correct, y):
+    """Mean of (seeds, images) measures in each class: (classes present,). y: of their shape,
+    or (images,)."""
+    y = np.broadcast_to(y, correct.shape)
+    return np.array([correct[y == k].mean() for k in np.unique(y)])
+
+
+def eps_axis(config):
+    """(EPS_MULTIPLES of the run's eps, unit) for the axis of a figure."""
+    small = config['norm'] == 'linf' and config['eps'] < 0.1
+    radii = np.minimum(np.array(EPS_MULTIPLES) * config['eps'],
+                       1 if config['norm'] == 'linf' else np.inf)
+    return (radii * 255, '1/255') if small else (radii, config['norm'])
 
 
 def eps_text(config):

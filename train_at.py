@@ -32,7 +32,6 @@ DEFAULTS = {
 ATTACK_NAMES = {'natural': 'natural', 'fgsm': 'FGSM', 'pgd20': 'PGD-20', 'pgd40': 'PGD-40',
                 'pgd100': 'PGD-100', 'apgd_ce': 'APGD-CE', 'apgd_t': 'APGD-T',
                 'square': 'Square', 'worst': 'worst case'}
-EPS_MULTIPLES = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8)  # 0 to 64/255 at eps 8/255
 EPS_IMAGES, SURFACE_IMAGES, SHOWN_IMAGES = 50, 8, 4
 MASKING_IMAGES = 100
 
@@ -94,21 +93,10 @@ def evaluate_model(args, data, result, seed, device):
         correct_last={k: common.pack(v.to(torch.uint8)) for k, v in correct_last.items()},
         collapsed=result['collapsed'], best_epoch=result['best_epoch'], masking=masking,
         seconds=result['seconds'], precision=result['precision'], history=result['history'],
-        eps_curve=eps_curve(args, model, data, seed, device),
+        eps_curve=common.eps_curve(
+            model, x[:EPS_IMAGES], y[:EPS_IMAGES], eps=args.eps, norm=args.norm,
+            generator=common.make_generator('curve', seed, device=device)),
         alignment=common.pack(gradient_alignment(model, data)))
-
-
-def eps_curve(args, model, data, seed, device):
-    """Accuracy under PGD-20 at multiples of eps, on the first test images."""
-    x, y = (t[:EPS_IMAGES] for t in data.test)
-    accuracy = []
-    for multiple in EPS_MULTIPLES:
-        eps = min(multiple * args.eps, 1.0 if args.norm == 'linf' else np.inf)
-        attack = partial(common.pgd, eps=eps, norm=args.norm, steps=20, step_size=eps / 8,
-                         loss='margin', drop_fooled=True,
-                         generator=common.make_generator('curve', seed, device=device))
-        accuracy.append(common.correct_under(model, x, y, attack).float().mean().item())
-    return accuracy
 
 
 def input_gradient(model, x, y):
@@ -232,18 +220,16 @@ def figure_attacks(runs, folder):
 def figure_eps(results, runs, folder):
     config = results['config']
     fig, axes = common.new_figure(1, 1, 5.0, 3.2)
-    scale, unit = (255, '1/255') if config['norm'] == 'linf' and config['eps'] < 0.1 else (1, '')
-    eps = np.minimum(np.array(EPS_MULTIPLES) * config['eps'],
-                     1 if config['norm'] == 'linf' else np.inf) * scale
+    eps, unit = common.eps_axis(config)
     for method, models in runs.items():
         curve = 100 * np.mean([run['eps_curve'] for run in models], 0)
         axes[0, 0].plot(eps, curve, marker='o', ms=3.5, color=METHOD_COLOURS[method],
                         label=METHOD_NAMES[method])
-    axes[0, 0].axvline(config['eps'] * scale, color='0.6', ls=':', lw=1,
+    axes[0, 0].axvline(eps[common.EPS_MULTIPLES.index(1)], color='0.6', ls=':', lw=1,
                        label='eps of the training')
     axes[0, 0].axhline(100 / results['classes_count'], color='0.6', ls='--', lw=1,
                        label='chance')
-    axes[0, 0].set(xlabel=f'eps of the attack ({unit or config["norm"]})', ylim=(-3, 103),
+    axes[0, 0].set(xlabel=f'eps of the attack ({unit})', ylim=(-3, 103),
                    ylabel='accuracy under PGD-20, margin loss (%)',
                    title='Robust accuracy falls with eps; it must reach 0')
     axes[0, 0].legend()
@@ -397,8 +383,7 @@ def judge(results, folder):
             if 'pgd' in collapsed else effect_verdict(low, high)))
     if 'pgd' in runs and len(np.unique(y)) > 1:
         def spread(correct, labels):
-            rates = [correct[labels == k].mean() for k in np.unique(labels)]
-            return max(rates) - min(rates)
+            return np.ptp(common.class_rates(correct, labels))
         correct = stack_correct(runs['pgd'], 'worst')
         row('Classes differ in robustness: best minus worst class of PGD-AT, worst case, '
             f'exceeds {100 * CLASS_SPREAD:.0f} points', 'Tian et al. 2021', spread,
