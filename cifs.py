@@ -1237,6 +1237,10 @@ def study(args):
     data = common.load_data(args.dataset, args.data_root, trust=args.trust_data,
                             train_size=args.train_size, test_size=args.test_size,
                             image_size=args.image_size, pad=args.pad, device=device)
+    most = max(args.topk, 3 if 'k' in args.ablate else 1)
+    if most >= len(data.classes):
+        raise common.UserError(f'--topk {most} needs more than the {len(data.classes)} classes '
+                               f'of {args.dataset}')
     results = common.load_results(folder, config, __file__, args.fresh)
     groups = {name: [arm for arm, _ in ablation_arms(args, [name])] for name in args.ablate}
     results |= dict(classes=data.classes, test_labels=data.test[1].tolist(), ablations=groups)
