@@ -161,11 +161,13 @@ def make_parser(doc, defaults=None):
     table = {name: BASE | defaults.get('*', {}) | values | defaults.get(name, {})
              for name, values in DEFAULTS.items()}
     columns = ('arch', 'epochs', 'batch_size', 'lr', 'schedule', 'eps', 'step_size', 'steps')
-    lines = ['defaults   ' + ''.join(f'{c:>12}' for c in columns)]
+    rows = [('defaults', *columns)]
     for name, values in table.items():
-        cells = (f'{values[c] * 255:.3g}/255' if c in ('eps', 'step_size') else str(values[c])
-                 for c in columns)
-        lines.append(f'{name:<14}' + ''.join(f'{c:>12}' for c in cells)[3:])
+        rows.append((name, *(f'{values[c] * 255:.3g}/255' if c in ('eps', 'step_size')
+                             else str(values[c]) for c in columns)))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                       for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
     parser = _Parser(description=doc, epilog='\n'.join(lines), allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.defaults_table = table

@@ -11,6 +11,9 @@ bench.json. The references:
               weights as well: what most training repositories do in their attack
     library   float32, NCHW, eval mode, autograd.grad with respect to the images, weights not
               frozen: what attack libraries do
+
+`train cifs` is the training step of cifs.py's masked network, in the precision of the last
+`train` row before it.
 """
 import argparse
 import json
@@ -24,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cifs  # noqa: E402
 import common  # noqa: E402
 
 EPS, STEP = 8 / 255, 2 / 255
@@ -60,7 +64,9 @@ def job(name, arch, batch, steps, device):
     """A function that does the job once. name: '<what> <variant>'."""
     what, variant = name.split()
     torch.manual_seed(0)
-    model = common.make_model(arch).to(device)
+    args = common.parse(cifs.make_parser(), ['--dataset', 'cifar10', '--arch', arch])
+    build = cifs.builder(args, 'cifs' if variant == 'cifs' else 'vanilla')
+    model = build(arch, 10, (3, 32, 32), 0).to(device)
     x, y = torch.rand(batch, 3, 32, 32, device=device), torch.arange(batch, device=device) % 10
     reference = variant in ('plain', 'library')
     if reference:
@@ -69,6 +75,8 @@ def job(name, arch, batch, steps, device):
         x = x.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(variant)
+    if variant == 'cifs':
+        dtype = common.pick_precision(device)
     threat = dict(eps=EPS, step_size=STEP, steps=steps, norm='linf')
     model.train(variant == 'plain')
 
@@ -85,7 +93,7 @@ def job(name, arch, batch, steps, device):
             model.train(variant == 'plain')
         else:
             model.train()
-            loss = common.pgd_loss(model, x, y, threat, None)
+            loss = cifs.training_loss('pgd', args.beta)(model, x, y, threat, None)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -161,6 +169,7 @@ def main():
     for what, references in (('pgd', ['plain', 'library']), ('train', ['plain', 'library']),
                              ('shapes', [])):
         variants = [f'{what} {v}' for v in references + (ours if references else ['fp32'])]
+        variants += ['train cifs'] * (what == 'train')
         table |= measure(variants, options)
     images = {'pgd': options.batch, 'train': options.batch, 'shapes': 8 * options.batch}
     print(f'\n{options.arch}, batch {options.batch}, {options.steps} steps, {device.type}, '

@@ -20,9 +20,7 @@ THREAT = dict(eps=8 / 255, step_size=4 / 255, steps=2, norm='linf')
 
 
 def arguments(*flags):
-    parser = common.make_parser('', cifs.DEFAULTS)
-    parser.add_argument('--alpha', type=float)
-    return common.parse(parser, [*flags])
+    return common.parse(cifs.make_parser(), [*flags])
 
 
 def network(arm='cifs', **changes):
