@@ -1765,8 +1765,8 @@ def write_metrics(path, rows):
         writer.writerows(rows)
 
 
-def bootstrap(statistic, *arrays, draws=1000, seed=0):
-    """(value, low, high): a statistic of per-image measures and its 95 % interval.
+def bootstrap(statistic, *arrays, draws=1000, seed=0, level=0.95):
+    """(value, low, high): a statistic of per-image measures and its interval.
 
     arrays: (S, N) for S seeds and N images, resampled together, images and, where there are
     two or more, seeds; statistic(*arrays) -> float. Percentile bootstrap (Efron 1979).
@@ -1780,7 +1780,7 @@ def bootstrap(statistic, *arrays, draws=1000, seed=0):
         i = rng.integers(images, size=images)
         values.append(statistic(*(a[np.ix_(s, i)] for a in arrays)))
     values = np.asarray(values, float)
-    low, high = np.percentile(values[np.isfinite(values)], (2.5, 97.5)) \
+    low, high = np.percentile(values[np.isfinite(values)], (50 - 50 * level, 50 + 50 * level)) \
         if np.isfinite(values).any() else (math.nan, math.nan)
     return float(statistic(*arrays)), float(low), float(high)
 

@@ -245,7 +245,7 @@ def test_attacks_leave_a_masked_network_as_it_was():
     vars(args).update(apgd_steps=2, square_queries=2, targeted_steps=1, restarts=1)
     before = copy.deepcopy(model.state_dict())
     names = []
-    for name, _, attack in cifs.suite(args, model, other, 0, torch.device('cpu')):
+    for name, _, attack in cifs.suite(args, model, other, 10, 0, torch.device('cpu')):
         with common.frozen(model):
             x_adv = attack(model, X, Y)
         common.check_attack(x_adv, X, args.eps, 'linf')
@@ -254,6 +254,34 @@ def test_attacks_leave_a_masked_network_as_it_was():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(m.training for m in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize('arm', ('vanilla', 'probes', 'head', 'cifs'))
+def test_every_arm_faces_as_many_runs(arm):
+    args = arguments()
+    runs = cifs.suite(args, network(arm), None, 10, 0, torch.device('cpu'))
+    attacks = dict((name, attack) for name, _, attack in runs)
+    assert len(runs) + attacks['restarts'].keywords['restarts'] == 26 + args.restarts
+
+
+def test_square_can_raise_the_masking_flag(monkeypatch):
+    """What Square alone finds must not be hidden by the attacks after it."""
+    args = arguments()
+    vars(args).update(apgd_steps=1, targeted_steps=1, restarts=1, square_queries=1)
+    data = common.load_data('shapes', train_size=40, test_size=20, val_size=10)
+    net = network()
+    with torch.no_grad():  # nothing but Square moves it: it always says 3
+        net.net.fc.weight.zero_()
+        net.net.fc.bias.copy_(torch.eye(10)[3])
+    monkeypatch.setattr(common, 'square', lambda model, x, y, **_: 0 * x)
+    monkeypatch.setattr(common, 'correct_under', lambda model, x, y, attack=None, **_: (
+        torch.zeros if attack and getattr(attack, 'func', None) is common.square
+        else torch.ones)(len(y), dtype=torch.bool))
+    trained = dict(best=net.state_dict(), last=net.state_dict(), best_epoch=1, history=[{}],
+                   collapsed=False, seconds=0, precision='')
+    out = cifs.evaluate_arm(args, data, trained, cifs.builder(args, 'cifs'), net, 0,
+                            torch.device('cpu'))
+    assert out['masking']['black box finds what white box misses'][2]
 
 
 def test_worst_case_counts_images_spared_by_later_attacks_as_lost():
@@ -313,6 +341,7 @@ def test_training_keeps_its_scale_over_beta():
     class Same(cifs.CIFS):
         def __init__(self):
             nn.Module.__init__(self)
+            self.probes = ['first', 'second']
 
         def forward(self, x, y=None):
             return (x.flatten(1)[:, :10],) * 3
@@ -474,7 +503,8 @@ def test_l2_and_one_arm(tmp_path):
     (['--trainings', 'free'], 'invalid choice'),
     (['--ablate', 'everything'], 'invalid choice'),
     (['--topk', '0'], 'whole number'),
-    (['--topk', '11', '--train-size', '40', '--test-size', '20'], '--topk 11'),
+    (['--topk', '11', '--train-size', '40', '--test-size', '20'], 'a mask for 11 classes'),
+    (['--train-size', '40', '--test-size', '5'], 'without images'),
     (['--mask-sum', '-1'], 'finite number'),
     (['--temperature', '0'], '0 is not allowed'),
     (['--schedule', 'drops:'], 'drops:0.6,0.8'),
