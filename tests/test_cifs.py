@@ -2,6 +2,7 @@
 import argparse
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -458,8 +459,8 @@ TINY = ['--train-size', '40', '--test-size', '20', '--epochs', '1', '--batch-siz
 
 
 def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys):
-    command = TINY + ['--out', str(tmp_path), '--arms', 'vanilla', 'cas', 'cifs', '--trainings',
-                      'pgd', 'fat', '--ablate', 'k', '--warm-start', '1']
+    command = TINY + ['--out', str(tmp_path), '--arms', 'vanilla', 'cifs', '--trainings', 'pgd',
+                      'fat', '--ablate', 'probe', '--warm-start', '1']
     cifs.main(command)
     printed = capsys.readouterr().out
     [folder] = (tmp_path / 'cifs').iterdir()
@@ -468,14 +469,14 @@ def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys):
                        'fig4_training', 'fig5_attacks', 'fig6_worst_case', 'fig7_eps',
                        'fig8_trainings', 'fig9_ablations']
     results = json.loads((folder / 'results.json').read_text())
-    for key in ('pgd/vanilla-s0', 'pgd/cas-s0', 'pgd/cifs-s0', 'fat/cifs-s0', 'fat/vanilla-s0',
-                'pgd/cifs, k=1-s0', 'pgd/cifs, k=3-s0'):
+    for key in ('pgd/vanilla-s0', 'pgd/cifs-s0', 'fat/cifs-s0', 'fat/vanilla-s0',
+                'pgd/cifs, linear + linear-s0', 'pgd/cifs, nonlinear twice-s0'):
         correct = {k: common.unpack(v) for k, v in results[key]['correct'].items()}
         assert all(len(v) == 20 and (correct['worst'] <= v).all() for v in correct.values())
     claims = (folder / 'claims.md').read_text()
     assert claims.startswith('| claim | source | measured | reference | verdict |')
-    for i in range(1, 17):
-        assert f'| V{i} ' in claims or f', V{i} ' in claims, i
+    for i in set(range(1, 17)) - {8}:  # V8 is about CAS
+        assert re.search(rf'V{i}\b', claims), i
     assert 'CIFS' in printed and 'Control' in printed
     models = {p: p.stat().st_mtime_ns for p in (tmp_path / 'models').iterdir()}
     stamp = (folder / 'results.json').stat().st_mtime_ns
