@@ -322,7 +322,8 @@ def joint_loss(beta, loss=common.cross_entropy):
 def training_loss(training, beta):
     """A loss (model, x, y, threat, generator) for `common.train_model`, joint over the probes.
 
-    Attacks see the masks of the predicted classes, in eval mode; updates those of the labels.
+    Attacks see the masks of the predicted classes, in eval mode; updates those of the labels,
+    in TRADES and MART for natural and adversarial images alike.
     """
     ce = joint_loss(beta)
 
@@ -586,6 +587,7 @@ def evaluate_arm(args, data, trained, build, other, seed, device, brief=False):
         out['told'] = common.pack(torch.cat(told).to(torch.uint8))
     if not brief:
         few = common.to_float(x[:100]), y[:100]
+
         def generator(what):
             return common.make_generator(what, seed, device=device)
         # what ran before Square: later attacks were spared its victims
@@ -808,18 +810,19 @@ def figure_activations(results, folder):
 def figure_classes(results, arms, folder):
     names, y = results['classes'], np.array(results['test_labels'])
     fig, axes = common.new_figure(1, 2, 9.0, 3.4, width_ratios=[2, 1])
-    axis, shown = axes[0, 0], [a for a in ('vanilla', 'cifs') if a in arms]
-    for i, arm in enumerate(shown):
-        natural, robust = (100 * common.class_rates(stack_correct(arms[arm], n), y)
+    axis = axes[0, 0]
+    shown = [('standard', 'PGD-20', '0.6', [results['standard']])]
+    shown += [(ARM_NAMES[a], 'worst case', ARM_COLOURS[a], arms[a]) for a in ('vanilla', 'cifs')
+              if a in arms]
+    for i, (name, hardest, colour, runs) in enumerate(shown):
+        natural, robust = (100 * common.class_rates(stack_correct(runs, n), y)
                            for n in ('natural', 'worst'))
         at = np.arange(len(natural)) + 0.24 * (i - (len(shown) - 1) / 2)
-        axis.vlines(at, robust, natural, color=ARM_COLOURS[arm], alpha=0.35, lw=1)
-        axis.plot(at, natural, 'o', ms=4, mfc='none', color=ARM_COLOURS[arm],
-                  label=f'{ARM_NAMES[arm]}, natural')
-        axis.plot(at, robust, 'o', ms=4, color=ARM_COLOURS[arm],
-                  label=f'{ARM_NAMES[arm]}, worst case')
+        axis.vlines(at, robust, natural, color=colour, alpha=0.35, lw=1)
+        axis.plot(at, natural, 'o', ms=4, mfc='none', color=colour, label=f'{name}, natural')
+        axis.plot(at, robust, 'o', ms=4, color=colour, label=f'{name}, {hardest}')
     axis.set(ylabel='test accuracy (%)', ylim=(-3, 103), xticks=range(len(names)),
-             title='Natural and worst-case accuracy of each class')
+             title='Natural and robust accuracy of each class')
     axis.set_xticklabels(names, rotation=30, ha='right')
     axis = axes[0, 1]
     if 'vanilla' in arms:
@@ -833,7 +836,7 @@ def figure_classes(results, arms, folder):
     axis.set(xlabel='Spearman correlation of activation\nand weight over the PR channels',
              ylabel='PGD-20 accuracy (%)', title='Vanilla: the ten classes'
              if len(names) == 10 else 'Vanilla: the classes')
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     common.save_figure(fig, folder, 'fig2_classes')
 
 
@@ -1307,6 +1310,10 @@ def study(args):
                 args, data, trained[training, arm], model(*source) if source else standard,
                 seed, device, arm, training), folder)
         if seed == args.seeds[0]:
+            attack = [run for run in suite(args, standard, None, len(data.classes), seed, device)
+                      if run[0] == 'final']
+            common.measure(results, 'standard', lambda: dict(
+                correct=packed(attacked(standard, *data.test, attack))), folder)
             first = {'standard': standard} | {
                 arm: model(*trained[args.trainings[0], arm]) for arm in ('vanilla', 'cifs')
                 if arm in args.arms}
