@@ -70,6 +70,29 @@ def test_relevance_in_bfloat16_follows_float32():
     assert (low - exact).abs().max() < 0.03 * exact.abs().max()
 
 
+def test_masked_network_under_torch_compile():
+    model = network()
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    with torch.no_grad():
+        for y in (None, Y):
+            for ours, theirs in zip(model(X, y), compiled(X, y)):
+                assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize('training', ('pgd', 'trades', 'mart', 'fat'))
+def test_training_step_in_bfloat16_follows_float32(training):
+    model = network().train()
+    loss_fn, losses = cifs.training_loss(training, 2.0), []
+    for low in (False, True):
+        net = copy.deepcopy(model)
+        with torch.autocast('cpu', torch.bfloat16, enabled=low):
+            loss = loss_fn(net, X, Y, THREAT, torch.Generator().manual_seed(0))
+        loss.backward()
+        losses.append(loss.item())
+        assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
 # ---------------------------------------------------------------------------- the labels
 
 P = torch.tensor([[0., 3, 2, 1], [5, 1, 2, 3]])
