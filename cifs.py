@@ -993,11 +993,20 @@ def worst_mode(runs, which, long=True):
     return np.min([stack_correct(runs, name, which) for name in names], 0)
 
 
+def untrained(runs, y):
+    """Why nothing can be learnt from these networks, or ''. Near chance: natural accuracy below
+    one and a half times the share of the largest class."""
+    if any(run['collapsed'] for run in runs):
+        return 'collapsed model'
+    natural = min(stack_correct([run], 'natural').mean() for run in runs)
+    return 'accuracy near chance' if natural < 1.5 * np.bincount(y).max() / len(y) else ''
+
+
 def judge(results, folder):
     """The claims V1 to V16 of this repository's reading of the paper, and controls."""
     config = results['config']
     arms = {arm: arm_runs(results, arm) for arm in config['arms']}
-    training = TRAINING_NAMES[config['trainings'][0]]
+    y, training = np.array(results['test_labels']), TRAINING_NAMES[config['trainings'][0]]
     cifar18 = (config['dataset'], config['arch'], training) == ('cifar10', 'resnet18', 'PGD-AT')
     seeds = f'{len(config["seeds"])} seed' + 's' * (len(config['seeds']) > 1)
     paper, logs = 'Yan et al. 2021', "authors' logs"
@@ -1008,10 +1017,9 @@ def judge(results, folder):
         """One row: supported if the interval lies above (below) the threshold."""
         verdict = effect_verdict(-high, -low, -threshold) if below else \
             effect_verdict(low, high, threshold)
-        if any(run['collapsed'] for arm in involved for run in arms.get(arm, ())):
-            verdict = 'uninformative: collapsed model'
-        elif why:
-            verdict = f'uninformative: {why}'
+        reasons = [why or ''] + [untrained(arms[arm], y) for arm in involved]
+        if any(reasons):
+            verdict = f'uninformative: {max(reasons, key=bool)}'
         a, b, c = (f'{v:.3g}' if unit == '' else f'{100 * v:+.1f}' if unit == ' points'
                    else f'{100 * v:.0f}' for v in (value, low, high))
         measured = f'{a}{unit} [{b}, {c}]'
@@ -1047,7 +1055,7 @@ def judge(results, folder):
     adaptive_claims(arms, add, reference)
     ablation_claims(results, arms, add, claims)
     if 'cifs' in arms:
-        claims += masking_claims(config, arms['cifs'], reference)
+        claims += masking_claims(results, arms['cifs'], reference)
     for arm, runs in arms.items():
         claims.append(common.masking_claim(ARM_NAMES[arm], runs))
     if 'cost' in results:
@@ -1174,12 +1182,13 @@ def adaptive_claims(arms, add, reference):
                        *values['cifs'], *values['cas']), ('cifs', 'cas'))
 
 
-def masking_claims(config, runs, reference):
+def masking_claims(results, runs, reference):
     """V12 and a control: what the authors' attacks miss on CIFS. Exact binomial intervals:
     finding nothing on few images proves little."""
-    limit = f'{100 * BLACK_BOX_GAP:g} points'
-    texts = {'square': f'V12 No masked gradients: on CIFS, Square ({config["square_queries"]} '
-             f'queries) finds at most {limit} that joint APGD missed',
+    limit, queries = f'{100 * BLACK_BOX_GAP:g} points', results['config']['square_queries']
+    why = untrained(runs, np.array(results['test_labels']))
+    texts = {'square': f'V12 No masked gradients: on CIFS, Square ({queries} queries) '
+             f'finds at most {limit} that joint APGD missed',
              'exact': 'Control: attacks that leave out the gradient of the mask are enough: with '
              f'it, PGD-20 and APGD find at most {limit} that all before and Square missed'}
     names = list(runs[0]['correct'])
@@ -1195,11 +1204,9 @@ def masking_claims(config, runs, reference):
     for key, text in texts.items():
         interval = binomtest(int(found[key].sum()), found[key].size).proportion_ci()
         verdict = effect_verdict(-interval.high, -interval.low, -BLACK_BOX_GAP)
-        if any(run['collapsed'] for run in runs):
-            verdict = 'uninformative: collapsed model'
         claims.append(claim(
             text, 'control', f'{100 * found[key].mean():.1f} points [{100 * interval.low:.1f}, '
-            f'{100 * interval.high:.1f}]', verdict,
+            f'{100 * interval.high:.1f}]', f'uninformative: {why}' if why else verdict,
             reference('2.5 best, 2.0 last') if key == 'square' else '-'))
     return claims
 
@@ -1209,7 +1216,7 @@ def trainings_claims(results, compare, claims):
     trainings = results['config']['trainings']
     for training in (t for t in trainings if t != 'pgd'):
         c, v = (arm_runs(results, arm, training) for arm in ('cifs', 'vanilla'))
-        why = 'collapsed model' if any(run['collapsed'] for run in c + v) else None
+        why = untrained(c + v, np.array(results['test_labels']))
         compare(f'V15 CIFS combines with {TRAINING_NAMES[training]}: with minus without, worst '
                 'case', 'Yan et al. 2021', stack_correct(c, 'worst'), stack_correct(v, 'worst'),
                 (), why=why, reference="-5.2, PGD-100, last epoch, unequal lambda (authors' "
@@ -1230,6 +1237,7 @@ def ablation_claims(results, arms, add, claims):
         """All of `ours` beat all of `others`: every pair must, at a level for their number.
         Shown is the pair that comes out least."""
         involved = [run for label in ours + others for run in runs(label)]
+        why = untrained(involved, np.array(results['test_labels']))
         values = {label: stack_correct(runs(label), 'natural') if naturally
                   else worst_mode(runs(label), 'correct') for label in ours + others}
         pairs = [bootstrap(lambda u, v: u.mean() - v.mean(), values[a], values[b],
@@ -1237,8 +1245,7 @@ def ablation_claims(results, arms, add, claims):
                  for a in ours for b in others]
         value, _, high = min(pairs)
         # the effect is as low as the lowest of the pairs' limits
-        add(text, source, value, min(low for _, low, _ in pairs), high, (),
-            why='collapsed model' if any(run['collapsed'] for run in involved) else None)
+        add(text, source, value, min(low for _, low, _ in pairs), high, (), why=why)
 
     if 'beta' in groups:
         for naturally, what in ((False, 'worst mode'), (True, 'natural')):
