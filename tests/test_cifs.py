@@ -475,6 +475,39 @@ def test_activations_of_a_network_against_a_plain_computation():
     assert common.unpack(layer['after']).shape == (30,)
 
 
+def synthetic(n, **lost):
+    """Measurements of one network on n images: `lost` says how many the named attack, in the
+    order of the suite, takes from those that the attacks before it left."""
+    correct, right = {'natural': np.ones(n, np.uint8)}, n
+    for name in ('final', 'joint 2', 'apgd', 'square', 'exact joint'):
+        right -= lost.get(name.replace(' ', '_'), 0)
+        correct[name] = (np.arange(n) < right).astype(np.uint8)
+    return dict(correct={k: common.pack(v) for k, v in correct.items()}, collapsed=False)
+
+
+@pytest.mark.parametrize('n,square,exact,verdicts', (
+    (250, 0, 0, ('inconclusive', 'inconclusive')),  # nothing found, but few images
+    (2000, 0, 0, ('supported', 'supported')),
+    (2000, 50, 0, ('contradicted', 'supported')),   # the authors' 2.5 points
+    (2000, 0, 50, ('supported', 'contradicted'))))
+def test_black_box_verdicts(n, square, exact, verdicts):
+    run = synthetic(n, apgd=n // 2, square=square, exact_joint=exact)
+    results = dict(config=dict(square_queries=100), test_labels=list(np.arange(n) % 10))
+    rows = cifs.masking_claims(results, [run], lambda text: '-')
+    assert tuple(row['verdict'] for row in rows) == verdicts
+    for row, found in zip(rows, (square, exact)):
+        assert row['measured'].startswith(f'{100 * found / n:.1f} points')
+
+
+def test_networks_near_chance_prove_nothing():
+    y = np.arange(100) % 10
+    run = synthetic(100)
+    assert cifs.untrained([run], y) == ''
+    run['correct']['natural'] = common.pack((np.arange(100) < 14).astype(np.uint8))
+    assert cifs.untrained([run], y) == 'accuracy near chance'
+    assert cifs.untrained([dict(run, collapsed=True)], y) == 'collapsed model'
+
+
 # ----------------------------------------------------------------------------- the study
 
 TINY = ['--train-size', '40', '--test-size', '20', '--epochs', '1', '--batch-size', '20',
