@@ -60,7 +60,7 @@ ATTACK_BETAS = (0.1, 1, 2, 10, 100, 1000)    # weights of the probes in the auth
 PAIR = {'cifar10': ('automobile', 'cat')}    # robust, non-robust class of the paper's figure
 
 ARM_NAMES = {'vanilla': 'vanilla', 'cas': 'CAS', 'cifs': 'CIFS', 'probes': 'probes, no mask',
-             'blind': 'CIFS, labels kept from it', 'random': 'random mask',
+             'blind': 'CIFS, labels hidden', 'random': 'random mask',
              'head': "head's own weights"}
 ARM_COLOURS = dict(zip(ARM_NAMES, common.COLOURS))
 TRAINING_NAMES = {'pgd': 'PGD-AT', 'trades': 'TRADES', 'mart': 'MART', 'fat': 'FAT'}
@@ -867,8 +867,13 @@ def figure_masks(results, folder):
 
 
 def figure_training(arms, folder):
-    fig, axes = common.new_figure(1, len(arms), 2.2 * len(arms) + 1, 2.8, sharey=True)
-    for axis, (arm, runs) in zip(axes[0], arms.items()):
+    columns = min(4, len(arms))
+    lines = math.ceil(len(arms) / columns)
+    fig, axes = common.new_figure(lines, columns, 2.2 * columns + 1, 2.2 * lines + 0.6,
+                                  sharey=True)
+    for axis in axes.flat[len(arms):]:
+        axis.set_axis_off()
+    for axis, (arm, runs) in zip(axes.flat, arms.items()):
         for i, run in enumerate(runs):
             epochs = [row['epoch'] for row in run['history']]
             for key, colour, style, label in (
@@ -880,7 +885,8 @@ def figure_training(arms, folder):
             axis.axvline(run['best_epoch'], color='0.6', lw=1, ls=':',
                          label=None if i else 'best checkpoint')
         axis.set(title=ARM_NAMES[arm], xlabel='epoch', ylim=(-3, 103))
-    axes[0, 0].set_ylabel('accuracy (%)')
+    for axis in axes[:, 0]:
+        axis.set_ylabel('accuracy (%)')
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
     fig.suptitle('Accuracy through training (PGD-10 on the joint loss)')
     common.save_figure(fig, folder, 'fig4_training')
@@ -899,7 +905,7 @@ def figure_attacks(arms, folder):
                    ylabel='accuracy under PGD-20 (%)', xlabel='loss that the attack maximises',
                    title='Does the attack have to know the probes? (best checkpoint)')
     axes[0, 0].set_xticklabels(list(MODES.values()), rotation=25, ha='right')
-    fig.legend(loc='outside lower center', ncols=len(arms))
+    fig.legend(loc='outside lower center', ncols=min(3, len(arms)))
     common.save_figure(fig, folder, 'fig5_attacks')
 
 
@@ -922,7 +928,7 @@ def figure_worst_case(arms, folder):
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].set_xticklabels([ATTACK_NAMES[n] for n in order], rotation=50, ha='right',
                                fontsize=7)
-    fig.legend(loc='outside lower center', ncols=len(arms))
+    fig.legend(loc='outside lower center', ncols=min(3, len(arms)))
     common.save_figure(fig, folder, 'fig6_worst_case')
 
 
@@ -960,7 +966,7 @@ def figure_trainings(results, folder):
                  title={'natural': 'natural', 'worst': 'worst case'}[name])
     axes[0, 0].set(ylabel='test accuracy (%)', ylim=(0, 103))
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center',
-               ncols=len(config['arms']))
+               ncols=min(4, len(config['arms'])))
     common.save_figure(fig, folder, 'fig8_trainings')
 
 
