@@ -136,7 +136,7 @@ def test_best_is_the_epoch_of_highest_robust_validation_accuracy_after_the_warm_
         tmp_path, monkeypatch):
     robust = iter((0.9, 0.3, 0.5, 0.4))
 
-    def fake(model, data, args):
+    def fake(model, data, args, loss):
         return dict(val_natural=0.5, val_robust=next(robust), train_natural=0.5,
                     train_robust=0.5, val_fgsm=0.5, val_top_share=0.2)
 
