@@ -933,20 +933,10 @@ def figure_worst_case(arms, folder):
 
 
 def figure_eps(results, arms, folder):
-    config = results['config']
-    eps, unit = common.eps_axis(config)
-    fig, axes = common.new_figure(1, 1, 5.0, 3.2)
-    for arm, runs in arms.items():
-        axes[0, 0].plot(eps, 100 * np.mean([run['eps_curve'] for run in runs], 0), marker='o',
-                        ms=3.5, color=ARM_COLOURS[arm], label=ARM_NAMES[arm])
-    axes[0, 0].axvline(eps[common.EPS_MULTIPLES.index(1)], color='0.6', ls=':', lw=1,
-                       label='eps of the training')
-    axes[0, 0].axhline(100 / len(results['classes']), color='0.6', ls='--', lw=1, label='chance')
-    axes[0, 0].set(xlabel=f'eps of the attack ({unit})', ylim=(-3, 103),
-                   ylabel='accuracy under PGD-20,\njoint loss (%)',
-                   title='Robust accuracy falls with eps; it must reach 0')
-    axes[0, 0].legend()
-    common.save_figure(fig, folder, 'fig7_eps')
+    curves = {ARM_NAMES[arm]: (ARM_COLOURS[arm], np.mean([r['eps_curve'] for r in runs], 0))
+              for arm, runs in arms.items()}
+    common.draw_eps_curves(curves, results['config'], len(results['classes']), 'joint loss',
+                           folder, 'fig7_eps')
 
 
 def figure_trainings(results, folder):

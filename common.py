@@ -1741,14 +1741,6 @@ def class_rates(correct, y):
     return np.array([correct[y == k].mean() for k in np.unique(y)])
 
 
-def eps_axis(config):
-    """(EPS_MULTIPLES of the run's eps, unit) for the axis of a figure."""
-    small = config['norm'] == 'linf' and config['eps'] < 0.1
-    radii = np.minimum(np.array(EPS_MULTIPLES) * config['eps'],
-                       1 if config['norm'] == 'linf' else np.inf)
-    return (radii * 255, '1/255') if small else (radii, config['norm'])
-
-
 def eps_text(config):
     """'eps 8/255' of a run's configuration."""
     if config['norm'] == 'l2':
@@ -1839,6 +1831,26 @@ def save_figure(figure, folder, name):
             with atomic(Path(folder, name + suffix)) as temporary:
                 figure.savefig(temporary, metadata={'CreationDate': None} if suffix == '.pdf'
                                else None)
+
+
+def draw_eps_curves(curves, config, classes, loss, folder, name):
+    """The figure of `eps_curve`s. curves: {label: (colour, accuracies)}; loss: what the attack
+    maximised, in words; config: with norm and the eps of the training."""
+    small = config['norm'] == 'linf' and config['eps'] < 0.1
+    eps = np.minimum(np.array(EPS_MULTIPLES) * config['eps'],
+                     1 if config['norm'] == 'linf' else np.inf) * (255 if small else 1)
+    fig, axes = new_figure(1, 1, 5.0, 3.2)
+    axis = axes[0, 0]
+    for label, (colour, accuracies) in curves.items():
+        axis.plot(eps, 100 * np.array(accuracies), marker='o', ms=3.5, color=colour, label=label)
+    axis.axvline(eps[EPS_MULTIPLES.index(1)], color='0.6', ls=':', lw=1,
+                 label='eps of the training')
+    axis.axhline(100 / classes, color='0.6', ls='--', lw=1, label='chance')
+    axis.set(xlabel=f"eps of the attack ({'1/255' if small else config['norm']})",
+             ylabel=f'accuracy under PGD-20,\n{loss} (%)', ylim=(-3, 103),
+             title='Robust accuracy falls with eps; it must reach 0')
+    axis.legend()
+    save_figure(fig, folder, name)
 
 
 def show_image(axis, image, title='', **options):

@@ -218,22 +218,10 @@ def figure_attacks(runs, folder):
 
 
 def figure_eps(results, runs, folder):
-    config = results['config']
-    fig, axes = common.new_figure(1, 1, 5.0, 3.2)
-    eps, unit = common.eps_axis(config)
-    for method, models in runs.items():
-        curve = 100 * np.mean([run['eps_curve'] for run in models], 0)
-        axes[0, 0].plot(eps, curve, marker='o', ms=3.5, color=METHOD_COLOURS[method],
-                        label=METHOD_NAMES[method])
-    axes[0, 0].axvline(eps[common.EPS_MULTIPLES.index(1)], color='0.6', ls=':', lw=1,
-                       label='eps of the training')
-    axes[0, 0].axhline(100 / results['classes_count'], color='0.6', ls='--', lw=1,
-                       label='chance')
-    axes[0, 0].set(xlabel=f'eps of the attack ({unit})', ylim=(-3, 103),
-                   ylabel='accuracy under PGD-20, margin loss (%)',
-                   title='Robust accuracy falls with eps; it must reach 0')
-    axes[0, 0].legend()
-    common.save_figure(fig, folder, 'fig3_eps')
+    curves = {METHOD_NAMES[m]: (METHOD_COLOURS[m], np.mean([r['eps_curve'] for r in models], 0))
+              for m, models in runs.items()}
+    common.draw_eps_curves(curves, results['config'], results['classes_count'], 'margin loss',
+                           folder, 'fig3_eps')
 
 
 def figure_perturbations(results, folder):
