@@ -141,7 +141,7 @@ def schedule(text):
         lr_factor(text, 0.0)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f'{text!r} is not one of piecewise, cosine, onecycle, drops:0.6,0.8')
+            f'{text!r} is not one of piecewise, cosine, onecycle, constant, drops:0.6,0.8')
     return text
 
 
@@ -184,7 +184,8 @@ def make_parser(doc, defaults=None):
     add('--lr', type=positive, help='peak learning rate of SGD with momentum 0.9')
     add('--weight-decay', type=number)
     add('--schedule', type=schedule, metavar='NAME',
-        help='piecewise | cosine | onecycle | drops:0.6,0.8 (x0.1 at each share of the epochs)')
+        help='piecewise | cosine | onecycle | constant | drops:0.6,0.8 (x0.1 at each share of '
+             'the epochs; drops:0.6,0.8:0.5: x0.5)')
     add('--eps', type=positive, help='radius of the attack, such as 8/255')
     add('--step-size', type=positive, help='step of the training attack, such as 2/255')
     add('--steps', type=count, help='steps of the training attack')
@@ -750,9 +751,10 @@ def conv_bn(x, conv, bn):
     """bn(conv(x)); in eval mode as one convolution with the batch norm folded into it.
 
     Every attack runs in eval mode, so this saves it a pass over each activation, forwards and
-    backwards. Exact up to rounding (about 1e-6 of the logits).
+    backwards. Exact up to rounding (about 1e-6 of the logits). A batch norm without running
+    statistics uses the batch's own in either mode.
     """
-    if bn.training:
+    if bn.training or bn.running_var is None:
         return bn(conv(x))
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
     return F.conv2d(x, conv.weight * scale[:, None, None, None],
@@ -1461,13 +1463,17 @@ RECIPE_VERSION = 1  # raise it when a change of this file changes weights
 def lr_factor(schedule, progress):
     """The share of the peak learning rate at progress in [0, 1) through the training.
 
-    piecewise: x0.1 at 1/2 and 3/4 (Rice et al. 2020); drops:a,b: x0.1 at a, at b, ...; cosine:
-    to 0; onecycle: linear up over the first quarter, linear down to 0. ValueError otherwise.
+    piecewise: x0.1 at 1/2 and 3/4 (Rice et al. 2020); drops:a,b: x0.1 at a, at b, ..., and
+    drops:a,b:f: x f; cosine: to 0; onecycle: linear up over the first quarter, linear down to
+    0; constant. ValueError otherwise.
     """
+    if schedule == 'constant':
+        return 1.0
     if schedule == 'piecewise':
         schedule = 'drops:0.5,0.75'
     if schedule.startswith('drops:'):
-        return 0.1 ** sum(progress >= float(drop) for drop in schedule[6:].split(','))
+        drops, _, factor = schedule[6:].partition(':')
+        return float(factor or 0.1) ** sum(progress >= float(d) for d in drops.split(','))
     if schedule == 'cosine':
         return 0.5 * (1 + math.cos(math.pi * progress))
     if schedule != 'onecycle':
@@ -1505,16 +1511,19 @@ def model_path(out, recipe):
 
 
 def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=None, extra=None,
-                val_loss='ce'):
+                val_loss='ce', keep=()):
     """Train, or take from runs/models, or continue after an interruption.
 
     method: a key of METHODS, or any name with a loss_fn of the same signature; build(arch,
     classes, shape, seed) -> model; extra: what else changes the weights, a JSON-able dict;
-    val_loss: what the validation attack maximises, as in `pgd`.
+    val_loss: what the validation attack maximises, as in `pgd`; keep: epochs after which the
+    weights are kept in a folder beside the checkpoint (0: the initial ones), for `restore`. A
+    finished model that lacks some of them is trained again.
     Each epoch is evaluated on the validation split; `best` is the epoch of highest robust
     (standard training: natural) validation accuracy. Every random draw of an epoch comes
     from (seed, epoch), so that a resumed training equals an uninterrupted one.
-    Returns dict(best, last: state_dicts; best_epoch, history, collapsed, seconds, recipe).
+    Returns dict(best, last: state_dicts; best_epoch, history, collapsed, seconds, recipe,
+    kept: {epoch: file}).
     """
     name = METHOD_NAMES.get(method, method)
     recipe = model_recipe(args, method, seed, extra)
@@ -1525,9 +1534,14 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     saved = read_checkpoint(path) if path.exists() else {}
     if saved and not (isinstance(saved, dict) and saved.get('recipe') == recipe):
         raise UserError(f'{path} holds another model than its name says; delete it')
+    kept = {e: path.with_suffix('') / f'epoch{e:04d}.pt' for e in keep}
+    done = len(saved.get('history', ()))
+    if saved and not all(file.exists() for epoch, file in kept.items() if epoch <= done):
+        log.info('%s: training again, to keep the weights of its epochs', name)
+        saved = {}
     if saved.get('finished'):
         log.info('%s: trained already (%s)', name, path)
-        return warn_collapsed(saved, name)
+        return warn_collapsed(saved | dict(kept=kept), name)
 
     dtype = pick_precision(device, args.amp)
     loss_fn = loss_fn or METHODS[method]
@@ -1546,6 +1560,8 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
         history, best, best_epoch, seconds = (
             saved[k] for k in ('history', 'best', 'best_epoch', 'seconds'))
         log.info('%s: continuing after epoch %d', name, len(history))
+    if 0 in kept and not saved:
+        write_weights(kept[0], judged.state_dict())
     if args.compile:
         model.compile()
 
@@ -1609,12 +1625,20 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
             collapsed = row['val_top_share'] > 0.9 and len(data.classes) > 2
             result |= dict(finished=True, last=judged.state_dict(), collapsed=collapsed,
                            device=device.type, precision=str(dtype or torch.float32))
-        buffer = io.BytesIO()  # a full disk then is an OSError, which torch.save makes a riddle
-        torch.save(result, buffer)
-        with atomic(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+        if epoch + 1 in kept:
+            write_weights(kept[epoch + 1], judged.state_dict())
+        write_weights(path, result)
     bar.close()
-    return warn_collapsed(result, name)
+    return warn_collapsed(result | dict(kept=kept), name)
+
+
+def write_weights(path, obj):
+    """torch.save, atomically. A full disk is an OSError, which torch.save makes a riddle."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def warn_collapsed(result, name):
@@ -1661,9 +1685,13 @@ def epoch_accuracy(model, data, args, loss='ce'):
 
 
 def restore(result, which, args, data, device, build=make_model):
-    """The trained model of `train_model`'s result in eval mode; which: 'best' or 'last'."""
+    """The trained model of `train_model`'s result in eval mode; which: 'best', 'last' or an
+    epoch that was kept."""
     model = build(args.arch, len(data.classes), data.shape, 0).to(device)
-    model.load_state_dict(result[which])
+    if isinstance(which, str):
+        model.load_state_dict(result[which])
+    else:
+        load_weights(model, result['kept'][which])
     return model.eval()
 
 
@@ -1810,7 +1838,7 @@ def write_claims(claims, folder):
         lines.append('| ' + ' | '.join(str(row[h]).replace('|', '/') for h in head) + ' |')
     with atomic(Path(folder, 'claims.md')) as temporary:
         temporary.write_text('\n'.join(lines) + '\n')
-    log.info('\nClaims (95 %% intervals in brackets)')
+    log.info('\nClaims (95 % intervals in brackets)')
     for row in claims:
         log.info('%s\n    %s  %s  [%s]%s', row['verdict'].upper(), row['claim'],
                  row['measured'], row['source'],

@@ -1,0 +1,1399 @@
+"""What the layers of normally and adversarially trained CNNs know: mutual information.
+
+Question   How much do a layer's outputs T tell about the image X and the label Y, in a normally
+           (NT) and an adversarially trained network (AT), on natural and adversarial images,
+           through training and when texture or shape is destroyed? And which of these numbers
+           say something about the network rather than about the estimator?
+Paper      Zhang, Qian, Nie, Cao, Xu 2022 (arXiv 2207.05756), with their estimators: pairwise
+           distance bounds (Kolchinsky & Tracey 2017; Saxe et al. 2018) and binning. Distortions
+           after Zhang & Zhu 2019 (arXiv 1905.09797). Ceilings, permuted labels, scale controls
+           and the Monte-Carlo referee (Goldfeld et al. 2019) are our additions.
+Usage      python mi_analysis.py                                shapes, minutes on a laptop
+           python mi_analysis.py --dataset cifar10 --seeds 0 1 2   WRN-10-1, one GPU
+           python mi_analysis.py --dataset mnist --epochs 15       LeNet-5, a CPU
+           python mi_analysis.py --as-published                 with the authors' choices
+Outputs    runs/mi_analysis/<dataset>-<arch>/: results.json, metrics.csv, claims.md and
+           fig1_training  fig2_plane_standard  fig3_plane_pgd  fig4_layers  fig5_entropy
+           fig6_distortion  fig7_images  fig8_scale  fig9_nulls  fig10_geometry
+"""
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from scipy.stats import rankdata
+
+import common
+from common import METHOD_COLOURS, claim, effect_verdict, make_generator
+
+# Source of the numbers below unless another is named: the authors' code, 2022.
+VARIANCE = 0.1            # of the noise, for every layer (also MNIST in Saxe et al. 2018)
+BIN_WIDTH = 0.5           # absolute, unbounded range
+SATURATION = (2, 8, 16, 64, 1024)          # levels p; 2 is the identity
+PATCHES = (0, 2, 4, 8)                     # k x k patches; 0 is the identity
+PUBLISHED_BATCHES = {'mnist': (2500, 2), 'cifar10': (500, 10), 'stl10': (750, 6)}
+PUBLISHED = dict(lr=0.025, schedule='constant', weight_decay=0.0)  # see `study`
+# Ours.
+CURVE = tuple(VARIANCE * 4.0 ** k for k in range(-3, 6))  # variances of the scale control
+PERMUTATIONS = 3          # of the labels, for the null
+REPLICATES = 200          # of the bootstrap over images
+REFEREE_DRAWS = 4         # noise vectors per image
+NEGLIGIBLE = 60.0         # exp(-60) = 1e-26: kernels that are not evaluated
+ACTIVATIONS = 2 ** 30     # bytes of activations held at a time
+
+_PAPER = dict(weight_decay=0.0, schedule='drops:0.1,0.3:0.5', steps=7, test_size=5000)
+DEFAULTS = {
+    '*': dict(measured=20, test_steps=7),
+    'shapes': dict(test_size=1500),
+    'mnist': dict(_PAPER, arch='lenet5', epochs=200, lr=0.1, eps=45 / 255, step_size=8 / 255,
+                  eps_warmup=0.0),
+    'fashion-mnist': dict(_PAPER, arch='lenet5', epochs=200, lr=0.1),
+    'cifar10': dict(_PAPER, arch='wrn-10-1'),
+    'cifar100': dict(_PAPER, arch='wrn-10-1'),
+    'svhn': dict(_PAPER, arch='wrn-10-1'),
+    'stl10': dict(_PAPER, arch='wrn-10-1', epochs=200, test_size=4500),
+}
+# The hooked modules; the first prefix that fits. True: followed by a ReLU that is not a module.
+LAYERS = {
+    'small-cnn': (('stem', 0), ('stage1', 0), ('stage2', 0), ('stage3', 0), ('fc', 0)),
+    'lenet5': (('conv1', 1), ('conv2', 1), ('fc1', 1), ('fc2', 1), ('fc3', 0)),
+    'wrn-': (('conv1', 0), ('block1.0.relu1', 0), ('block2.0.relu1', 0), ('block3.0.relu1', 0),
+             ('fc', 0)),
+    'resnet18': (('layer1', 0), ('layer2', 0), ('layer3', 0), ('layer4', 0), ('linear', 0)),
+    'preact': (('layer1', 0), ('layer2', 0), ('layer3', 0), ('layer4', 0), ('linear', 0)),
+    'resnet50': (('model.layer1', 0), ('model.layer2', 0), ('model.layer3', 0),
+                 ('model.layer4', 0), ('model.fc', 0)),
+}
+METHODS = ('standard', 'pgd')
+NAMES = {'standard': 'NT', 'pgd': 'AT'}
+KINDS = {'clean': 'natural', 'adv': 'adversarial'}
+QUANTITIES = ('x_upper', 'x_lower', 'x_bin', 'y_upper', 'y_lower', 'y_bin')
+ESTIMATORS = {'upper': 'KDE upper', 'lower': 'KDE lower', 'bin': 'binning'}
+
+# Thresholds of the claims, fixed before any run.
+MARGIN = 0.05             # bit: this close to the ceiling, or this constant, is saturated
+TREND = 0.8               # V1: median rank correlation; its interval must lie above TREND_LOW
+TREND_LOW = 0.5
+STAYS = 0.9               # V5: share of H(Y) that remains
+FOOLED = 0.10             # V5: accuracy at most
+GEOMETRY = 0.8            # V6: rank correlation
+CHANCE = 1.5              # times 1 / classes: natural accuracy below is no network to judge
+
+
+# ------------------------------------------------------------------------- pairwise distances
+
+def distances(a, b, centre, dtype, chunk=2048, raw=False):
+    """Squared distances of the rows of a (A, D) and b (B, D), computed in dtype: (A, B).
+
+    Both are centred first: |a|^2 + |b|^2 - 2ab cancels badly far from the origin. raw: neither
+    centred nor kept from going below 0.
+    """
+    cross = torch.zeros(len(a), len(b), dtype=dtype, device=a.device)
+    norm_a, norm_b = cross.new_zeros(len(a)), cross.new_zeros(len(b))
+    for c in range(0, a.shape[1], chunk):
+        middle = 0 if raw else centre[c:c + chunk].to(dtype)
+        u, v = (t[:, c:c + chunk].to(dtype) - middle for t in (a, b))
+        cross.addmm_(u, v.T)
+        norm_a += u.square().sum(1)
+        norm_b += v.square().sum(1)
+    s = cross.mul_(-2).add_(norm_a[:, None]).add_(norm_b)
+    return s if raw else s.clamp_(min=0)
+
+
+def refined(a, b, centre, reach, diagonal):
+    """Squared distances in float32, those below `reach` once more in float64; None where there
+    are so many that float64 throughout is cheaper."""
+    s = distances(a, b, centre, torch.float32)
+    slack = 2.0 ** -15 * max((t - centre).square().sum(1).max().item() for t in (a, b))
+    near = s < reach + slack  # slack: far more than the rounding of the products
+    if diagonal:
+        near.fill_diagonal_(False)
+    rows, columns = near.nonzero(as_tuple=True)
+    if len(rows) > s.numel() // 128:
+        return None
+    s = s.double()
+    for part in torch.arange(len(rows), device=s.device).split(max(1, 2 ** 21 // a.shape[1])):
+        i, j = rows[part], columns[part]
+        s[i, j] = (a[i].double() - b[j].double()).square().sum(1)
+    return s
+
+
+@torch.no_grad()
+def kernel_sums(t, groups, scales, *, raw=False, tile=1024):
+    """Sums of exp(-s_ij / u) over the members j of each group, s_ij = |t_i - t_j|^2.
+
+    t: (N, D); groups: (N, G) memberships; scales: the values of u. One pass over the tiles of
+    the upper triangle serves every scale and group; nothing of size N^2 is held. s_ii is 0.
+    Tiles are in float64 (on CPUs with many dimensions in float32, with float64 wherever a
+    kernel is not negligible); sums are in float64. raw: all in float32 and as computed,
+    s_ii included, as the authors' code has it.
+    Returns sums (U, N, G), squared (N, G) sums of s_ij, nearest (N,) smallest s_ij, j != i.
+    """
+    n, d = t.shape
+    groups, centre = groups.to(t.device, torch.float64), t.mean(0)
+    sums = groups.new_zeros(len(scales), *groups.shape)
+    squared, nearest = torch.zeros_like(groups), groups.new_full((n,), math.inf)
+    reach = NEGLIGIBLE * max(scales)
+    exact = d <= 256 or t.is_cuda or t.dtype == torch.float64
+    for i in range(0, n, tile):
+        for j in range(i, n, tile):
+            a, b, same = slice(i, i + tile), slice(j, j + tile), i == j
+            s = None
+            if raw:
+                s = distances(t[a], t[b], centre, torch.float32, d, raw=True).double()
+            elif not exact:
+                s = refined(t[a], t[b], centre, reach, same)
+                exact = s is None
+            if s is None:
+                s = distances(t[a], t[b], centre, torch.float64)
+            if same:
+                own = s.diagonal().clone() if raw else 0
+                s.fill_diagonal_(math.inf)
+            closest = s.amin(1)
+            nearest[a] = torch.minimum(nearest[a], closest)
+            nearest[b] = torch.minimum(nearest[b], s.amin(0))
+            if same:
+                s.diagonal().copy_(torch.as_tensor(own))
+            squared[a] += s @ groups[b]
+            if not same:
+                squared[b] += s.T @ groups[a]
+            for k, u in enumerate(scales):
+                if closest.min() > NEGLIGIBLE * u and not raw:
+                    if same:
+                        sums[k, a] += groups[a]  # each image with itself
+                    continue
+                kernel = torch.exp(s / -u)
+                sums[k, a] += kernel @ groups[b]
+                if not same:
+                    sums[k, b] += kernel.T @ groups[a]
+    return sums, squared, nearest
+
+
+# ------------------------------------------------------------------------------ the estimators
+
+def kde_terms(t, labels, classes, variances=(VARIANCE,), raw=False):
+    """The pairwise-distance bounds, image by image, in bits.
+
+    With noise N(0, v I) the outputs are a mixture of N Gaussians. Its entropy less that of the
+    noise is bounded by -mean_i log[(1/N) sum_j exp(-s_ij / (c v))], from above for c = 2 (KL
+    distance) and from below for c = 8 (Bhattacharyya distance; Kolchinsky & Tracey 2017). The
+    terms (D/2) log(2 pi v) cancel and are never formed.
+    t: (N, D); labels: (P, N) int64, labellings side by side.
+    Returns a dict: 'upper', 'lower': (V, N) terms whose mean is I(T;X); 'upper_given',
+    'lower_given': (V, P, N), the same among the images of the same label; nearest (N,) and
+    squared (N, P classes) as in `kernel_sums`.
+    """
+    n = t.shape[0]
+    groups = torch.cat([F.one_hot(y, classes) for y in labels], 1).to(t.device)
+    factors = {'upper': 2, 'lower': 8}
+    scales = sorted({round(c * v, 12) for v in variances for c in factors.values()})
+    sums, squared, nearest = kernel_sums(t, groups, scales, raw=raw)
+    size = groups.sum(0).view(len(labels), classes)
+    out = dict(nearest=nearest, squared=squared)
+    for name, c in factors.items():
+        picked = sums[[scales.index(round(c * v, 12)) for v in variances]]
+        out[name] = -(picked[:, :, :classes].sum(2) / n).log2()
+        given = []
+        for p, y in enumerate(labels):
+            own = picked[:, :, p * classes:(p + 1) * classes]
+            own = own.gather(2, y.to(t.device)[None, :, None].expand(len(variances), -1, 1))
+            given.append(-(own[..., 0] / size[p, y]).log2())
+        out[name + '_given'] = torch.stack(given, 1)
+    return out
+
+
+def cell_keys(t, width=BIN_WIDTH):
+    """Two 64-bit hashes of every row's cell floor(t / width): (N, 2) int64.
+
+    Random odd multipliers, sums that wrap: two different rows of cells share both hashes with
+    a probability below 2^-100. Raises ValueError for NaN and infinity.
+    """
+    generator = make_generator('cells')
+    factors = torch.randint(-2 ** 62, 2 ** 62, (2, t.shape[1]), generator=generator) * 2 + 1
+    factors, keys = factors.to(t.device), []
+    for rows in t.split(max(1, 2 ** 21 // t.shape[1])):
+        cells = (rows / width).floor()
+        if not torch.isfinite(cells).all():
+            raise ValueError('the activations hold NaN or infinity')
+        cells = cells.long()
+        keys.append(torch.stack([(cells * f).sum(1) for f in factors], 1))
+    return torch.cat(keys)
+
+
+def bin_terms(keys, labels):
+    """The binned estimate, image by image, in bits: terms (N,) whose mean is the entropy of
+    the cells, I(T;X) of a deterministic network, and (P, N), the same within each label."""
+    n = len(keys)
+    _, cell, size = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
+    given = []
+    for y in labels.to(keys.device):
+        _, joint, both = torch.unique(cell * (y.max() + 1) + y, return_inverse=True,
+                                      return_counts=True)
+        given.append(-(both[joint].double() / y.bincount()[y]).log2())
+    return -(size[cell].double() / n).log2(), torch.stack(given)
+
+
+@torch.no_grad()
+def monte_carlo(t, y, variance, draws, generator):
+    """The referee for few dimensions: I(T + noise; X) and I(T + noise; Y) of the mixture by
+    sampling (Goldfeld et al. 2019), unbiased. t: (N, D); generator: on the device of t.
+
+    Returns two (draws N,) arrays of terms in bits; their means are the estimates.
+    """
+    t, y, terms = t.double(), y.to(t.device), []
+    for _ in range(draws):
+        for rows in torch.arange(len(t), device=t.device).split(1024):
+            noise = torch.randn(len(rows), t.shape[1], generator=generator, device=t.device,
+                                dtype=torch.float64) * variance ** 0.5
+            s = torch.cdist(t[rows] + noise, t, compute_mode='donot_use_mm_for_euclid_dist')
+            log_k = s.square() / (-2 * variance)
+            # the log density of the noise alone, in place of its mean: less variance
+            alone = noise.square().sum(1) / (-2 * variance)
+            same = y[rows][:, None] == y
+            whole = log_k.logsumexp(1) - math.log(len(t))
+            inside = log_k.masked_fill(~same, -math.inf).logsumexp(1) - same.sum(1).double().log()
+            terms.append(torch.stack((alone - whole, inside - whole)) / math.log(2))
+    return torch.cat(terms, 1).cpu()
+
+
+def entropy(counts):
+    """Entropy in bits of a distribution given by counts."""
+    p = np.asarray(counts, float)
+    p = p[p > 0] / p.sum()
+    return float(-(p * np.log2(p)).sum())
+
+
+def noise_entropy(dimensions, variance=VARIANCE):
+    """Of N(0, v I), in bits."""
+    return dimensions / 2 * math.log2(2 * math.pi * math.e * variance)
+
+
+def layer_information(t, labels, classes, weights, raw=False, variance=VARIANCE,
+                      width=BIN_WIDTH, unit=False):
+    """Everything measured on the outputs t (N, D) of one layer.
+
+    labels: (1 + PERMUTATIONS, N), the true ones first; weights: (1 + REPLICATES, N), from
+    `replicate_weights`. In bits, a dict of: values (QUANTITIES, 1 + REPLICATES); bracket, the
+    valid bounds of I(T;Y); null, I(T;Y) with permuted labels by each estimator; entropy of
+    T + noise and, class by class, of T + noise given the label; log_nearest, the mean log2
+    distance of the nearest neighbour; ratio of the distances between and within classes;
+    certified: no two images are near enough to matter, so that every value is that of the
+    list of images; dimensions; and, with `unit`, the lower bounds of the outputs scaled to unit
+    RMS: I(T;X), I(T;Y) and the latter with permuted labels (3, 1 + REPLICATES).
+    """
+    labels = labels.to(t.device)
+    rms = t.double().square().mean().sqrt().item() if unit else 1.0
+    kde = kde_terms(t, labels, classes, (variance, variance * rms ** 2)[:1 + unit], raw)
+    cells, cells_given = bin_terms(cell_keys(t, width), labels)
+    x = {'upper': kde['upper'][0], 'lower': kde['lower'][0], 'bin': cells}
+    given = {'upper': kde['upper_given'][0], 'lower': kde['lower_given'][0], 'bin': cells_given}
+    terms = [x[e] for e in x] + [x[e] - given[e][0] for e in x]
+    null = [(x[e] - given[e][1:].mean(0)).mean().item() for e in x]
+    y, n = labels[0], len(t)
+    label_entropy = entropy(y.bincount().tolist())
+    bracket = ((x['lower'] - given['upper'][0]).mean().item(),
+               (x['upper'] - given['lower'][0]).mean().item())
+    noise = noise_entropy(t.shape[1], variance)
+    size = y.bincount(minlength=classes).double()
+    within = kde['squared'].gather(1, y[:, None]).sum() / (size * (size - 1)).sum()
+    between = (kde['squared'][:, :classes].sum() - kde['squared'].gather(1, y[:, None]).sum()) \
+        / (n * n - size.square().sum())
+    nearest, scaled = kde['nearest'], {}
+    if unit:
+        x1, given1 = kde['lower'][1], kde['lower_given'][1]
+        rows = torch.stack((x1, x1 - given1[0], x1 - given1[1:].mean(0)))
+        scaled = dict(unit=rows.cpu() @ weights.T, rms=rms)
+    return scaled | dict(
+        values=torch.stack(terms).cpu() @ weights.T, null=null, dimensions=t.shape[1],
+        bracket=[min(max(b, 0.0), label_entropy) for b in bracket],
+        entropy=[noise + x['lower'].mean().item()] + [
+            noise + given['lower'][0][y == k].mean().item() for k in range(classes)],
+        log_nearest=0.5 * nearest.clamp(min=1e-12).log2().mean().item(),
+        ratio=(between / within).clamp(max=1e12).sqrt().item(),
+        certified=bool(nearest.min() / (8 * variance) > 40 + math.log(n)))
+
+
+def replicate_weights(n, seed=0):
+    """(1 + REPLICATES, n) weights that average terms: over all images, then over bootstrap
+    samples of them.
+
+    The mixture itself is kept, only the images it is averaged over are resampled: repeating
+    an image in the mixture would lower every estimate, the ceiling too.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(n, np.full(n, 1 / n), REPLICATES)
+    return torch.from_numpy(np.concatenate((np.ones((1, n)), drawn)) / n)
+
+
+# --------------------------------------------------------------------- networks and distortions
+
+def layers_of(arch, published):
+    """[(name of the module, whether a ReLU follows before the output is taken)]."""
+    for prefix, layers in LAYERS.items():
+        if arch.startswith(prefix):
+            return [(name, bool(rectify) and not published) for name, rectify in layers]
+    raise common.UserError(f'no layers are known for {arch}; known: '
+                           'small-cnn, lenet5, resnet18, preact-resnet18, wrn-*, resnet50')
+
+
+def build(arch, classes, shape, seed, published=False):
+    """As published, batch norms use the statistics of the batch at any time: in the attacks,
+    in testing and while mutual information is measured."""
+    model = common.make_model(arch, classes, shape, seed)
+    if published:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.track_running_stats = False
+                module.running_mean = module.running_var = module.num_batches_tracked = None
+    return model
+
+
+def activations(model, x, layers, batch_size=250):
+    """Yield (name, outputs (N, D) float32) of each layer, few enough at a time for memory.
+
+    x: (N, C, H, W) float in [0, 1].
+    """
+    taken = {}
+
+    def taker(name, rectify):
+        def take(module, inputs, output):
+            taken[name] = (F.relu(output) if rectify else output).detach().flatten(1)
+        return take
+
+    modules = dict(model.named_modules())
+    with common.frozen(model), torch.no_grad():
+        handles = [modules[n].register_forward_hook(taker(n, r)) for n, r in layers]
+        try:
+            model(x[:2])
+            wanted, sizes = [], {n: 4 * len(x) * taken[n].shape[1] for n, _ in layers}
+            for name, _ in layers:
+                if wanted and sum(map(sizes.get, wanted + [name])) > ACTIVATIONS:
+                    yield from _collect(model, x, wanted, taken, batch_size)
+                    wanted = []
+                wanted.append(name)
+            yield from _collect(model, x, wanted, taken, batch_size)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _collect(model, x, wanted, taken, batch_size):
+    store = {}
+    for i in range(0, len(x), batch_size):
+        model(x[i:i + batch_size])
+        for name in wanted:
+            if not i:
+                store[name] = torch.empty(len(x), taken[name].shape[1], device=x.device)
+            store[name][i:i + batch_size] = taken[name]
+    for name in wanted:
+        yield name, store.pop(name)
+
+
+def saturate(x, level):
+    """Stretch every pixel away from 1/2: 1/2 + sign(u) |u|^(2/p) / 2 with u = 2x - 1; level 2
+    is the identity, a large one leaves 0 and 1 (Zhang & Zhu 2019)."""
+    u = 2 * x - 1
+    return (0.5 + 0.5 * u.sign() * u.abs() ** (2 / level)).clamp(0, 1)
+
+
+def shuffle_patches(x, k, generator):
+    """Cut every image into k x k patches and permute them, each image its own way; k = 0 is
+    the identity. x: (N, C, H, W), H and W divisible by k."""
+    if k == 0:
+        return x
+    n, c, h, w = x.shape
+    patches = x.reshape(n, c, k, h // k, k, w // k).permute(0, 2, 4, 1, 3, 5)
+    patches = patches.reshape(n, k * k, c, h // k, w // k)
+    order = torch.rand(n, k * k, generator=generator).argsort(1).to(x.device)
+    patches = patches[torch.arange(n, device=x.device)[:, None], order]
+    patches = patches.view(n, k, k, c, h // k, w // k).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(n, c, h, w)
+
+
+def distort(x, name, level):
+    """The distortion of that name and level; the same permutations for every network."""
+    if name == 'saturation':
+        return saturate(x, level)
+    return shuffle_patches(x, level, make_generator('patches', level))
+
+
+def distortion_levels(side):
+    """{name: levels} for images of side x side pixels."""
+    return {'saturation': SATURATION,
+            'patches': tuple(k for k in PATCHES if k == 0 or side % k == 0)}
+
+
+# ---------------------------------------------------------------------------- the experiment
+
+class Setting:
+    """What all measurements of a run share: test images, layers, permuted labels, weights."""
+
+    def __init__(self, args, data):
+        self.args, self.data, self.classes = args, data, len(data.classes)
+        self.layers = layers_of(args.arch, args.as_published)
+        self.pool = len(data.test[1])
+        self.batch, self.repeats = 250, 1
+        if args.as_published:
+            self.batch, self.repeats = PUBLISHED_BATCHES.get(
+                args.dataset, (max(self.pool // 20, 1), 10))
+            self.batch = min(self.batch, self.pool)
+        self.n = self.batch * self.repeats if args.as_published else self.pool
+        self.weights = replicate_weights(self.n)
+
+    def sample(self, *key):
+        """Indices of the test images: all, or, as published, overlapping random batches."""
+        if not self.args.as_published:
+            return torch.arange(self.n)
+        generator = make_generator('sample', *key)
+        return torch.cat([torch.randperm(self.pool, generator=generator)[:self.batch]
+                          for _ in range(self.repeats)])
+
+    def images(self, index):
+        x, y = self.data.test
+        index = index.to(x.device)
+        return common.to_float(x[index]), y[index]
+
+    def attack(self, model, x, y):
+        """PGD on the true labels, started at the image: (N, C, H, W)."""
+        return torch.cat([common.pgd(
+            model, a, b, eps=self.args.eps, step_size=self.args.test_step_size,
+            steps=self.args.test_steps, norm=self.args.norm, start='clean')
+            for a, b in zip(x.split(self.batch), y.split(self.batch))])
+
+    def labels(self, y):
+        """(1 + PERMUTATIONS, N): the labels and permutations of them."""
+        generator = make_generator('permute')
+        orders = [torch.randperm(len(y), generator=generator) for _ in range(PERMUTATIONS)]
+        return torch.stack([y] + [y[order.to(y.device)] for order in orders])
+
+    def measure(self, model, x, y, index):
+        """Accuracy, loss and the information in every layer, for results.json."""
+        labels, found = self.labels(y), []
+        for name, t in activations(model, x, self.layers, self.batch):
+            found.append(layer_information(t, labels, self.classes, self.weights,
+                                           self.args.as_published, self.args.variance,
+                                           self.args.bin_width,
+                                           unit=name == self.layers[-1][0]))
+        loss = F.cross_entropy(t, y, reduction='none')
+        correct = (t.argmax(1) == y)
+        return dict(
+            values=common.pack(torch.stack([f.pop('values') for f in found]).float()),
+            unit=common.pack(found[-1].pop('unit').float()), rms=found[-1].pop('rms'),
+            accuracy=common.pack((self.weights @ correct.double().cpu()).float()),
+            loss=common.pack((self.weights @ loss.double().cpu()).float()),
+            predicted=common.pack(t.argmax(1).short()), label=common.pack(y.short()),
+            ceiling=entropy(np.unique(index.numpy(), return_counts=True)[1]),
+            label_entropy=entropy(y.bincount().tolist()), layers=found)
+
+
+def measured_epochs(epochs, most, published):
+    """The epochs after which the network is measured: 0, the last and, where they are more
+    than `most`, as many more at equal ratios. As published the last is left out: an epoch is
+    measured before it is trained."""
+    if published:
+        epochs -= 1
+    if most == 0 or epochs + 1 <= most:
+        return list(range(epochs + 1))
+    spaced = [np.unique(np.geomspace(1, epochs, n).round().astype(int))
+              for n in range(1, 4 * most)]
+    return [0, *max((e for e in spaced if len(e) < most), key=len).tolist()]
+
+
+def measure_epoch(setting, model, *key):
+    """{'clean', 'adv': measurement}. As published each has its own random images."""
+    out = {}
+    for kind in KINDS:
+        index = setting.sample(*key, kind)
+        x, y = setting.images(index)
+        if kind == 'adv':
+            x = setting.attack(model, x, y)
+        out[kind] = setting.measure(model, x, y, index)
+    return out
+
+
+def measure_distortions(setting, model, levels, *key):
+    """{name: {level: {'clean', 'adv': measurement}}}; the attack comes first, the distortion
+    second. Level 0 of each is the identity and measured once."""
+    out = {name: {level: {} for level in at} for name, at in levels.items()}
+    for kind in KINDS:
+        index = setting.sample('distortion', kind, *key)
+        x, y = setting.images(index)
+        if kind == 'adv':
+            x = setting.attack(model, x, y)
+        plain = setting.measure(model, x, y, index)
+        for name, at in levels.items():
+            for i, level in enumerate(at):
+                found = setting.measure(model, distort(x, name, level), y, index) if i else \
+                    dict(plain)
+                found['layers'] = None  # the information itself is enough here
+                out[name][level][kind] = found
+    return out
+
+
+def scale_control(setting, model, *key):
+    """Is a difference in information one of scale? On natural images, for every layer: the
+    bounds at the variances of CURVE; for the logits also with the noise in proportion to
+    their variance, and the Monte-Carlo referee."""
+    index = setting.sample('scale', *key)
+    x, y = setting.images(index)
+    args, labels, curves = setting.args, y[None], []
+    for _, t in activations(model, x, setting.layers, setting.batch):
+        kde = kde_terms(t, labels, setting.classes, CURVE)
+        curves.append([[kde['upper'].mean(1).tolist(), kde['lower'].mean(1).tolist()],
+                       [(kde[e] - kde[e + '_given'][:, 0]).mean(1).tolist()
+                        for e in ('upper', 'lower')]])
+    rms = t.double().square().mean().sqrt().item()
+    spread = t.double().var(0).mean().item()
+    curve = kde['lower'].cpu() @ setting.weights.T
+    alone = kde_terms(t, labels, setting.classes, (args.variance * spread,))['lower'][0].cpu()
+    referee = monte_carlo(t, y, args.variance, REFEREE_DRAWS,
+                          make_generator('referee', device=t.device))
+    return dict(curves=curves, rms=rms, spread=spread, logits=common.pack(curve.float()),
+                relative=common.pack((alone @ setting.weights.T).float()),
+                referee=referee.mean(1).tolist(),
+                referee_error=(referee.std(1) / referee.shape[1] ** 0.5).tolist(),
+                cells=_cells_difference(t, args.bin_width))
+
+
+def _cells_difference(t, width):
+    """|entropy of the hashed cells - entropy of the rows of cells themselves|, bits."""
+    keys = cell_keys(t, width)
+    hashed = bin_terms(keys, torch.zeros(1, len(t), dtype=torch.long))[0].mean().item()
+    rows = (t.cpu() / width).floor().long().numpy()
+    return abs(hashed - entropy(np.unique(rows, axis=0, return_counts=True)[1]))
+
+
+def training_measures(setting, model, method, seed, n=1000):
+    """Loss and accuracy on training images, adversarial ones for AT as in its training:
+    (2, 1 + REPLICATES)."""
+    if setting.data.stream:
+        return None
+    x, y = (v[:n] for v in setting.data.train)
+    x = common.to_float(x)
+    if method != 'standard':
+        x = setting.attack(model, x, y)
+    with common.frozen(model), torch.no_grad():
+        logits = torch.cat([model(a) for a in x.split(setting.batch)])
+    terms = torch.stack((F.cross_entropy(logits, y, reduction='none'),
+                         (logits.argmax(1) == y).float())).double().cpu()
+    return common.pack((terms @ replicate_weights(len(y)).T).float())
+
+
+def study(args):
+    """Train and measure; returns (folder, results).
+
+    As published: a constant learning rate of 0.025 (their schedule stepped per batch and had
+    reached it after 60), batch norms on batch statistics, images drawn anew for every
+    measurement and with repetitions, distances in float32 with their rounded diagonal, layers
+    before their ReLU, measured before each epoch.
+    """
+    layers_of(args.arch, args.as_published)
+    device = common.pick_device(args.device)
+    args.test_step_size = args.test_step_size or (
+        8 / 255 if args.dataset == 'mnist' and args.norm == 'linf' else args.eps / 4)
+    folder, config = common.start_run('mi_analysis', args)
+    data = common.load_data(args.dataset, args.data_root, trust=args.trust_data,
+                            train_size=args.train_size, test_size=args.test_size,
+                            image_size=args.image_size, pad=args.pad, device=device)
+    results = common.load_results(folder, config, __file__, args.fresh)
+    setting = Setting(args, data)
+    if setting.n < 2 * len(data.classes):
+        raise common.UserError('--test-size is too small: two images of each class at least')
+    epochs = measured_epochs(args.epochs, args.measured, args.as_published)
+    levels = distortion_levels(data.shape[-1])
+    results |= dict(classes=data.classes, epochs=epochs, levels=levels, samples=setting.n,
+                    layers=[name for name, _ in setting.layers])
+    builder = partial(build, published=args.as_published)
+    extra = dict(batch_statistics=True) if args.as_published and 'lenet' not in args.arch \
+        else None
+    rows = []
+    for seed in args.seeds:
+        for method in METHODS:
+            keep = sorted({*epochs, args.epochs})
+            trained = common.train_model(args, data, method, seed, device, build=builder,
+                                         extra=extra, keep=keep)
+            rows += trained['history']
+            common.write_metrics(folder / 'metrics.csv', rows)
+            name = f'{method}-s{seed}'
+            results[f'history-{name}'] = trained['history']
+            results[f'collapsed-{name}'] = trained['collapsed']
+            for epoch in epochs:
+                model = common.restore(trained, epoch, args, data, device, builder)
+                found = common.measure(results, f'plane-{name}-e{epoch}', lambda: measure_epoch(
+                    setting, model, method, seed, epoch), folder)
+                common.log.info('  %s epoch %3d  %s', NAMES[method], epoch, _brief(found))
+            model = common.restore(trained, args.epochs, args, data, device, builder)
+            common.measure(results, f'train-{name}', lambda: training_measures(
+                setting, model, method, seed), folder)
+            common.measure(results, f'scale-{name}', lambda: scale_control(
+                setting, model, method, seed), folder)
+            common.measure(results, f'distortion-{name}', lambda: measure_distortions(
+                setting, model, levels, method, seed), folder)
+    common.measure(results, 'images', lambda: example_images(setting, levels), folder)
+    return folder, json.loads(Path(folder, 'results.json').read_text())
+
+
+def _brief(found):
+    """One line: logits of a measurement."""
+    text = []
+    for kind, name in KINDS.items():
+        v = common.unpack(found[kind]['values'])[-1, :, 0]
+        text.append(f'{name}: accuracy {common.unpack(found[kind]["accuracy"])[0]:.3f}, logits '
+                    f'I(T;X) {v[1]:.2f}-{v[0]:.2f}, I(T;Y) {v[4]:.2f}')
+    return '   '.join(text) + ' bits'
+
+
+def example_images(setting, levels, count=4):
+    """The first images of some classes at every level, for the figure."""
+    y = setting.data.test[1]
+    index = torch.stack([(y == k).nonzero()[0, 0] for k in y.unique()[:count]])
+    x, _ = setting.images(index.cpu())
+    return {name: [common.pack((distort(x, name, level) * 255).round().byte())
+                   for level in at] for name, at in levels.items()}
+
+
+# ---------------------------------------------------------------------------- reading results
+
+def short(name):
+    """'block1.0.relu1' -> 'block1'."""
+    return name.removeprefix('model.').split('.')[0]
+
+
+def plane(results, method, kind, what='values'):
+    """(seeds, epochs, ...) of the measurements through training; their last axis, where it
+    has 1 + REPLICATES entries, starts with the value itself."""
+    found = [[results[f'plane-{method}-s{s}-e{e}'][kind] for e in results['epochs']]
+             for s in results['config']['seeds']]
+    if what in ('values', 'unit', 'accuracy', 'loss'):
+        return np.array([[common.unpack(m[what]) for m in row] for row in found], float)
+    if what in ('ceiling', 'label_entropy'):
+        return np.array([[m[what] for m in row] for row in found])
+    return np.array([[[layer[what] for layer in m['layers']] for m in row] for row in found])
+
+
+def distorted(results, method, kind, name, what):
+    """(seeds, levels, ...) of the measurements under a distortion."""
+    runs = [results[f'distortion-{method}-s{s}'][name] for s in results['config']['seeds']]
+    return np.array([[common.unpack(run[str(level)][kind][what])
+                      for level in results['levels'][name]] for run in runs], float)
+
+
+def interval(statistic, *arrays, seed=0):
+    """(value, low, high) of a statistic of arrays (seeds, ..., 1 + REPLICATES): it sees means
+    over the seeds, at the value and, for the 95 % interval, at each replicate; where there
+    are two or more, seeds are resampled, too."""
+    rng, seeds = np.random.default_rng(seed), len(arrays[0])
+    draws = []
+    for b in range(1 + REPLICATES):
+        pick = rng.integers(seeds, size=seeds) if b and seeds > 1 else np.arange(seeds)
+        draws.append(statistic(*(a[pick][..., b].mean(0) for a in arrays)))
+    rest = np.asarray(draws[1:], float)
+    rest = rest[np.isfinite(rest)]
+    low, high = np.percentile(rest, (2.5, 97.5)) if len(rest) else (math.nan, math.nan)
+    return float(draws[0]), float(low), float(high)
+
+
+def saturated(results, method, kind, layer, series=False):
+    """Is I(T;X) of a layer no statement about the network? At the last measured epoch: within
+    MARGIN of the ceiling. series: a range of less than MARGIN over the epochs."""
+    lower = plane(results, method, kind)[:, :, layer, QUANTITIES.index('x_lower'), 0].mean(0)
+    if series:
+        return np.ptp(lower) < MARGIN
+    return lower[-1] >= plane(results, method, kind, 'ceiling')[:, -1].mean() - MARGIN
+
+
+def rank_correlation(a, b):
+    """Spearman's; nan where one is constant."""
+    a, b = rankdata(a), rankdata(b)
+    return np.corrcoef(a, b)[0, 1] if a.std() and b.std() else math.nan
+
+
+# -------------------------------------------------------------------------------- the figures
+
+KIND_STYLE = {'clean': dict(ls='-', marker='o'), 'adv': dict(ls='--', marker='P')}
+
+
+def draw(results, folder):
+    """All figures, from results.json alone."""
+    figure_training(results, folder)
+    for number, method in zip((2, 3), METHODS):
+        figure_plane(results, method, folder, f'fig{number}_plane_{method}')
+    figure_layers(results, folder)
+    figure_entropy(results, folder)
+    figure_distortion(results, folder)
+    figure_distortion_layers(results, folder)
+    figure_images(results, folder)
+    figure_scale(results, folder)
+    figure_nulls(results, folder)
+    figure_geometry(results, folder)
+
+
+def epoch_colours(results):
+    """One colour for each measured epoch, dark to light."""
+    return colormaps['viridis'](np.linspace(0, 0.93, len(results['epochs'])))
+
+
+def epoch_bar(figure, axes, results):
+    """A colour bar that names the measured epochs."""
+    n = len(results['epochs'])
+    bar = figure.colorbar(ScalarMappable(BoundaryNorm(np.arange(n + 1) - 0.5, n),
+                                         ListedColormap(epoch_colours(results))),
+                          ax=axes, ticks=range(0, n, max(1, n // 8)), aspect=40, pad=0.01)
+    bar.set_ticklabels([results['epochs'][i] for i in range(0, n, max(1, n // 8))])
+    bar.set_label('epochs of training')
+
+
+def figure_training(results, folder):
+    fig, axes = common.new_figure(1, 2, 8.4, 3.1)
+    for method in METHODS:
+        colour, name = METHOD_COLOURS[method], NAMES[method]
+        rows = [results[f'history-{method}-s{s}'] for s in results['config']['seeds']]
+        epochs = [r['epoch'] for r in rows[0]]
+        key = 'train_natural' if method == 'standard' else 'train_robust'
+        label = f'{name}, training' + (' (PGD)' if method == 'pgd' else '')
+        axes[0, 0].plot(epochs, np.mean([[r['loss'] for r in row] for row in rows], 0), ls=':',
+                        color=colour, label=label)
+        axes[0, 1].plot(epochs, 100 * np.mean([[r[key] for r in row] for row in rows], 0),
+                        ls=':', color=colour)
+        for kind, text in KINDS.items():
+            for axis, what, unit in zip(axes[0], ('loss', 'accuracy'), (1, 100)):
+                axis.plot(results['epochs'], unit * plane(results, method, kind, what)[
+                    ..., 0].mean(0), color=colour, ms=4, **KIND_STYLE[kind],
+                    label=f'{name}, {text} test images')
+    axes[0, 0].set(yscale='log', ylabel='cross-entropy (nats)', xlabel='epoch', title='Loss')
+    axes[0, 1].set(ylabel='accuracy (%)', xlabel='epoch', ylim=(-3, 103), title='Accuracy')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
+    common.save_figure(fig, folder, 'fig1_training')
+
+
+def figure_plane(results, method, folder, name):
+    layers, colours = results['layers'], epoch_colours(results)
+    fig, axes = common.new_figure(3, len(layers), 1.9 * len(layers) + 1.2, 6.2, sharex=True,
+                                  sharey=True)
+    ceiling = plane(results, method, 'clean', 'ceiling')[0, -1]
+    top = plane(results, method, 'clean', 'label_entropy')[0, -1]
+    for r, (row, estimator) in enumerate(zip(axes, ESTIMATORS)):
+        x, y = (QUANTITIES.index(f'{which}_{estimator}') for which in 'xy')
+        for i, axis in enumerate(row):
+            axis.axvline(ceiling, color='0.6', lw=1, ls=':')
+            axis.axhline(top, color='0.6', lw=1, ls=':')
+            for kind in KINDS:
+                values = plane(results, method, kind)[..., 0].mean(0)[:, i]
+                axis.plot(values[:, x], values[:, y], color='0.7', lw=0.6, zorder=1)
+                axis.scatter(values[:, x], values[:, y], c=colours, s=22, zorder=2,
+                             marker=KIND_STYLE[kind]['marker'], linewidths=0.3,
+                             edgecolors='w' if kind == 'clean' else 'k')
+            if r == 0:
+                axis.set_title(f'{short(layers[i])}, D = '
+                               f'{plane(results, method, "clean", "dimensions")[0, -1, i]}')
+            axis.set(xlim=(-0.5, ceiling + 0.7), ylim=(-0.15, top + 0.25))
+        row[0].set_ylabel(f'{ESTIMATORS[estimator]}\nI(T;Y) (bits)')
+    for axis in axes[-1]:
+        axis.set_xlabel('I(T;X) (bits)')
+    epoch_bar(fig, axes, results)
+    title = 'Normal training (NT)' if method == 'standard' else 'Adversarial training (AT)'
+    fig.suptitle(f'{title}: information plane of each layer, {results["samples"]} test images. '
+                 'Circles: natural,\ncrosses: adversarial. Dotted: the ceilings log2 N and H(Y)'
+                 ', which any layer reaches\nwhose outputs lie far apart')
+    common.save_figure(fig, folder, name)
+
+
+def figure_layers(results, folder):
+    layers, colours = results['layers'], epoch_colours(results)
+    fig, axes = common.new_figure(2, 3, 11.5, 5.8, sharey='col')
+    for row, method in zip(axes, METHODS):
+        for axis, which in zip(row, 'xy'):
+            q = QUANTITIES.index(f'{which}_lower')
+            for kind in KINDS:
+                values = plane(results, method, kind)[..., 0].mean(0)[:, :, q]
+                for e, line in enumerate(values):
+                    axis.plot(range(len(layers)), line, color=colours[e], ms=4, lw=1,
+                              **KIND_STYLE[kind])
+            limit = plane(results, method, 'clean', 'ceiling' if which == 'x' else
+                          'label_entropy')[0, -1]
+            axis.axhline(limit, color='0.6', lw=1, ls=':')
+            axis.set(ylim=(-0.03 * limit, 1.06 * limit),
+                     ylabel=f'{NAMES[method]}: I(T;{which.upper()}) (bits)')
+            axis.set_xticks(range(len(layers)), map(short, layers))
+        for kind in KINDS:
+            x, y, null = plane(results, method, kind, 'unit')[..., 0].mean(0).T
+            row[2].plot(x, y, color='0.7', lw=0.6, zorder=1)
+            row[2].scatter(x, y, c=colours, s=26, zorder=2, marker=KIND_STYLE[kind]['marker'])
+            row[2].scatter(x, null, s=12, color='0.6', marker=KIND_STYLE[kind]['marker'])
+        row[2].set(xlabel='I(T;X) (bits)', ylabel='I(T;Y) (bits)')
+        row[2].axhline(limit, color='0.6', lw=1, ls=':')
+    axes[0, 0].set_title('Input information of each layer')
+    axes[0, 1].set_title('Label information of each layer')
+    axes[0, 2].set_title('Plane of the logits at unit RMS\n(grey: labels permuted)')
+    epoch_bar(fig, axes, results)
+    fig.suptitle('Information through training, KDE lower bound. Solid, circles: natural images; '
+                 'dashed, crosses: adversarial.\nDotted: ceiling')
+    common.save_figure(fig, folder, 'fig4_layers')
+
+
+def figure_entropy(results, folder):
+    layers, classes = results['layers'], results['classes']
+    fig, axes = common.new_figure(4, len(layers), 1.9 * len(layers) + 0.8, 7.2, sharex=True,
+                                  sharey=True)
+    places = range(len(results['epochs']))  # the early epochs have as much room as the late
+    for r, (method, kind) in enumerate((m, k) for m in METHODS for k in KINDS):
+        row = axes[r]
+        values = plane(results, method, kind, 'entropy').mean(0)
+        sizes = plane(results, method, kind, 'dimensions')[0, -1]
+        for i, axis in enumerate(row):
+            noise = noise_entropy(sizes[i], results['config']['variance'])
+            for k in range(min(len(classes), 10)):
+                axis.plot(places, values[:, i, 1 + k] - noise, lw=0.8, alpha=0.8,
+                          color=f'C{k}' if k < 7 else '0.5',
+                          label=f'{classes[k]}' if r == i == 0 else None)
+            axis.plot(places, values[:, i, 0] - noise, color='k', lw=2,
+                      label='all images' if r == i == 0 else None)
+            if r == 0:
+                axis.set_title(f'{short(layers[i])}\nH(noise) = {noise:.1f}')
+            axis.set_xticks(list(places)[::max(1, len(places) // 4)],
+                            results['epochs'][::max(1, len(places) // 4)])
+        row[0].set_ylabel(f'{NAMES[method]}, {KINDS[kind]}\nH - H(noise) (bits)')
+    for axis in axes[-1]:
+        axis.set_xlabel('epoch')
+    fig.legend(loc='outside lower center', ncols=6)
+    fig.suptitle('Entropy of each layer, all images (black) and each class, KDE lower bound')
+    common.save_figure(fig, folder, 'fig5_entropy')
+
+
+def _level_axis(axis, name, levels):
+    axis.set_xticks(range(len(levels)), ['none' if i == 0 else f'{v}' if name == 'saturation'
+                                         else f'{v}x{v}' for i, v in enumerate(levels)])
+    axis.set_xlabel('saturation level p' if name == 'saturation' else 'shuffled patches')
+
+
+def figure_distortion(results, folder):
+    fig, axes = common.new_figure(3, 4, 11.5, 7.2)
+    for half, name in enumerate(results['levels']):
+        levels = results['levels'][name]
+        panels = (('loss', axes[0, 2 * half], 'cross-entropy (nats)'),
+                  ('accuracy', axes[0, 2 * half + 1], 'accuracy (%)'),
+                  ('x', axes[1, 2 * half], 'logits: I(T;X) (bits)'),
+                  ('y', axes[1, 2 * half + 1], 'logits: I(T;Y) (bits)'),
+                  ('unit x', axes[2, 2 * half], 'at unit RMS: I(T;X)'),
+                  ('unit y', axes[2, 2 * half + 1], 'at unit RMS: I(T;Y)'))
+        for what, axis, label in panels:
+            for method in METHODS:
+                for kind in KINDS:
+                    if 'unit' in what:
+                        value = distorted(results, method, kind, name, 'unit')[
+                            :, :, 'xy'.index(what[-1])]
+                    elif what in 'xy':
+                        value = distorted(results, method, kind, name, 'values')[
+                            :, :, -1, QUANTITIES.index(f'{what}_lower'), :]
+                    else:
+                        value = distorted(results, method, kind, name, what)
+                    value = value.mean(0) * (100 if what == 'accuracy' else 1)
+                    low, high = np.percentile(value[:, 1:], (2.5, 97.5), axis=1)
+                    axis.fill_between(range(len(levels)), low, high, alpha=0.15, lw=0,
+                                      color=METHOD_COLOURS[method])
+                    axis.plot(range(len(levels)), value[:, 0], ms=4, **KIND_STYLE[kind],
+                              color=METHOD_COLOURS[method],
+                              label=f'{NAMES[method]}, {KINDS[kind]}')
+            _level_axis(axis, name, levels)
+            axis.set_ylabel(label)
+        axes[0, 2 * half].set_yscale('log')
+        axes[0, 2 * half + 1].set_ylim(-3, 103)
+    axes[0, 0].set_title('Saturation: texture goes, outlines stay', loc='left')
+    axes[0, 2].set_title('Patch-shuffle: shape goes, texture stays', loc='left')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    fig.suptitle('Networks on distorted images (attacked first, distorted second); information '
+                 'of the logits\nby the KDE lower bound, as they are and scaled to unit RMS; '
+                 'bands: 95 % over images')
+    common.save_figure(fig, folder, 'fig6_distortion')
+
+
+def figure_distortion_layers(results, folder):
+    layers = results['layers']
+    fig, axes = common.new_figure(4, len(layers), 1.9 * len(layers) + 0.8, 7.6, sharey='row')
+    rows = [(name, what) for name in results['levels'] for what in 'xy']
+    for r, (row, (name, what)) in enumerate(zip(axes, rows)):
+        levels, q = results['levels'][name], QUANTITIES.index(f'{what}_lower')
+        for method in METHODS:
+            for kind in KINDS:
+                values = distorted(results, method, kind, name, 'values')[..., q, 0].mean(0)
+                for i, axis in enumerate(row):
+                    axis.plot(range(len(levels)), values[:, i], ms=3.5, **KIND_STYLE[kind],
+                              color=METHOD_COLOURS[method],
+                              label=f'{NAMES[method]}, {KINDS[kind]}'
+                              if r == i == 0 else None)
+        for i, axis in enumerate(row):
+            _level_axis(axis, name, levels)
+            if r == 0:
+                axis.set_title(short(layers[i]))
+        row[0].set_ylabel(f'I(T;{what.upper()}) (bits)')
+    fig.legend(loc='outside lower center', ncols=4)
+    fig.suptitle('Information in every layer under distortion, KDE lower bound')
+    common.save_figure(fig, folder, 'fig7_distortion_layers')
+
+
+def figure_images(results, folder):
+    images, levels = results['images'], results['levels']
+    rows = [(name, i) for name in levels for i in range(len(levels[name]))]
+    count = images['saturation'][0]['shape'][0]
+    fig, axes = common.new_figure(count, len(rows), 1.05 * len(rows), 1.25 * count)
+    for column, (name, i) in enumerate(rows):
+        shown = common.unpack(images[name][i]) / 255
+        for axis, image in zip(axes[:, column], shown):
+            text = ('p = {}' if name == 'saturation' else '{0} x {0}').format(levels[name][i])
+            common.show_image(axis, image, ('none' if i == 0 else text)
+                              if axis is axes[0, column] else '')
+    fig.suptitle('Saturation levels (left) and patch-shuffle (right)')
+    common.save_figure(fig, folder, 'fig8_images')
+
+
+def figure_scale(results, folder):
+    layers, seeds = results['layers'], results['config']['seeds']
+    fig, axes = common.new_figure(2, 3, 9.6, 5.4, sharey='row', sharex=True)
+    for column, method in enumerate(METHODS):
+        runs = [results[f'scale-{method}-s{s}'] for s in seeds]
+        curves = np.mean([r['curves'] for r in runs], 0)  # (L, X or Y, upper or lower, V)
+        rms = np.mean([r['rms'] for r in runs])
+        for which, row in enumerate(axes):
+            for i, layer in enumerate(layers):
+                line, = row[column].plot(CURVE, curves[i, which, 1], marker='o', ms=3,
+                                         label=short(layer))
+                row[column].plot(CURVE, curves[i, which, 0], ls=':', lw=1,
+                                 color=line.get_color())
+            row[column].set(xscale='log', ylabel=f'I(T;{"XY"[which]}) (bits)',
+                            title=f'{NAMES[method]}, every layer' if which == 0 else '')
+            row[2].plot(CURVE, curves[-1, which, 1], color=METHOD_COLOURS[method], marker='o',
+                        ms=3, label=f'{NAMES[method]}, as they are')
+            row[2].plot(np.array(CURVE) / rms ** 2, curves[-1, which, 1], ls='--', lw=1,
+                        color=METHOD_COLOURS[method],
+                        label=f'{NAMES[method]}, unit RMS (was {rms:.1f})')
+    for axis in axes.flat:
+        axis.axvline(results['config']['variance'], color='0.6', lw=1, ls=':')
+    axes[0, 2].set_title('logits, also at unit RMS')
+    for axis in axes[1]:
+        axis.set_xlabel('variance of the noise')
+    axes[0, 0].legend()
+    axes[0, 2].legend()
+    fig.suptitle('Information against the noise, natural images. Solid: lower bound, dotted: '
+                 f'upper bound.\nGrey: the usual variance, {results["config"]["variance"]:g}')
+    common.save_figure(fig, folder, 'fig9_scale')
+
+
+def figure_nulls(results, folder):
+    layers = results['layers']
+    fig, axes = common.new_figure(2, 2, 9.0, 5.4, sharey='row')
+    place = np.arange(len(layers))
+    for column, method in enumerate(METHODS):
+        clean, adv = (plane(results, method, kind)[..., 0].mean(0) for kind in KINDS)
+        x, y = QUANTITIES.index('x_lower'), QUANTITIES.index('y_lower')
+        null = plane(results, method, 'clean', 'null')[:, -1, :, 1].mean(0)
+        top, bottom = axes[:, column]
+        for shift, values, text, colour in ((-0.25, clean[0, :, x], 'initial network', '0.7'),
+                                            (0, clean[-1, :, x], 'natural', '#0072B2'),
+                                            (0.25, adv[-1, :, x], 'adversarial', '#D55E00')):
+            top.bar(place + shift, values, 0.22, color=colour, label=text)
+        top.axhline(plane(results, method, 'clean', 'ceiling')[0, -1], color='k', ls=':', lw=1,
+                    label='ceiling log2 N')
+        for shift, values, text, colour in (
+                (-0.25, null, 'labels permuted', '0.7'),
+                (0, clean[-1, :, y], 'natural', '#0072B2'),
+                (0.25, adv[-1, :, y], 'adversarial', '#D55E00')):
+            bottom.bar(place + shift, values, 0.22, color=colour, label=text)
+        bottom.axhline(plane(results, method, 'clean', 'label_entropy')[0, -1], color='k',
+                       ls=':', lw=1, label='ceiling H(Y)')
+        top.set(title=f'{NAMES[method]}: I(T;X)', ylabel='bits')
+        bottom.set(title=f'{NAMES[method]}: I(T;Y)', ylabel='bits')
+        for axis in (top, bottom):
+            axis.set_xticks(place, map(short, layers))
+            axis.grid(axis='x', visible=False)
+            axis.set_ylim(0, axis.get_ylim()[1] * 1.25)
+            axis.legend(ncols=2, loc='upper center')
+    fig.suptitle('What is left beside the ceiling and the null, KDE lower bound. A layer that '
+                 'reaches the ceiling\nuntrained, and with permuted labels, says nothing about '
+                 'training')
+    common.save_figure(fig, folder, 'fig10_nulls')
+
+
+def figure_geometry(results, folder):
+    fig, axes = common.new_figure(1, 2, 8.6, 3.6)
+    pairs = (('x_lower', 'log_nearest', 'I(T;X), KDE lower (bits)',
+              'distance of the nearest neighbour (mean log2)'),
+             ('y_lower', 'ratio', 'I(T;Y), KDE lower (bits)',
+              'distance between classes / within a class'))
+    for axis, (quantity, geometry, ylabel, xlabel) in zip(axes[0], pairs):
+        for method, marker in zip(METHODS, 'os'):
+            for i, layer in enumerate(results['layers']):
+                for kind in KINDS:
+                    values = plane(results, method, kind)[..., QUANTITIES.index(quantity), 0]
+                    where = plane(results, method, kind, geometry)
+                    label = f'{short(layer)}, {NAMES[method]}' if kind == 'clean' else None
+                    axis.plot(where[:, :, i].ravel(), values[:, :, i].ravel(), ls='',
+                              marker=marker, ms=4, color=f'C{i}', alpha=0.7,
+                              mfc=f'C{i}' if kind == 'clean' else 'none', label=label)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+    axes[0, 1].set_xscale('log')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right center')
+    fig.suptitle('The estimates follow the geometry of the outputs: every layer and epoch; '
+                 'hollow: adversarial images')
+    common.save_figure(fig, folder, 'fig11_geometry')
+
+
+# -------------------------------------------------------------------------------- the claims
+
+PAPER = 'Zhang et al. 2022'
+SLIDES = "authors' pre-publication run, 100 epochs, digitised from slides, +-0.03 bit"
+
+
+def judge(results, folder):
+    """The claims table, from results.json alone."""
+    config, claims, last = results['config'], [], len(results['layers']) - 1
+    broken = {m: 'collapsed to one class' for m in METHODS for s in config['seeds']
+              if results[f'collapsed-{m}-s{s}']}
+    for m in METHODS:
+        accuracy = plane(results, m, 'clean', 'accuracy')[:, -1, 0].min()
+        if m not in broken and accuracy < CHANCE / len(results['classes']):
+            broken[m] = f'near chance, {100 * accuracy:.0f} %'
+    slides = config['dataset'] == 'cifar10' and config['arch'] == 'wrn-10-1'
+
+    def add(text, source, found, verdict=None, *, threshold=0.0, unit='bits', involved=METHODS,
+            reference=None, why=None):
+        """found: (value, low, high); why: what makes the claim uninformative, if anything."""
+        value, low, high = found
+        scale, digits = (100, 1) if unit in ('points', '%') else (1, 3)
+        verdict = verdict or effect_verdict(low, high, threshold)
+        if math.isnan(low):
+            verdict = 'uninformative: not defined here'
+        if broken.keys() & set(involved):
+            why = '; '.join(f'{NAMES[m]} {broken[m]}' for m in broken if m in involved)
+        sign = '+' if threshold == 0 else ''
+        text_value = ' '.join(f'{scale * v:{sign}.{digits}f}' for v in (value, low, high))
+        value, low, high = text_value.split()
+        claims.append(claim(text, source, f'{value} {unit} [{low}, {high}]'.replace('  ', ' '),
+                            f'uninformative: {why}' if why else verdict,
+                            f'{reference} ({SLIDES})' if reference and slides else '-'))
+
+    def full(*pairs, layer=last):
+        """Why a claim about I(T;X) of a layer is uninformative, or None."""
+        names = [f'{NAMES[m]} {KINDS[k]}' for m, k in pairs if saturated(results, m, k, layer)]
+        return f"within {MARGIN} bit of the ceiling: {', '.join(names)}" if names else None
+
+    def logits(method, kind, quantity):
+        return plane(results, method, kind)[:, -1, last, QUANTITIES.index(quantity)]
+
+    trend_claims(results, add)
+    difficulty_claims(results, add)
+    nt, at = (logits(m, 'clean', 'x_lower') for m in METHODS)
+    blocked = full(*((m, 'clean') for m in METHODS))
+    add('V2b AT extracts less information from the image: logits, I(T;X) lower bound, natural '
+        'images, NT minus AT', PAPER, interval(np.subtract, nt, at), why=blocked,
+        reference='+1.75: 12.12 and 10.37')
+    scale = {m: [results[f'scale-{m}-s{s}'] for s in config['seeds']] for m in METHODS}
+    unit = {m: plane(results, m, 'clean', 'unit')[:, -1] for m in METHODS}
+    add('V2c The same with logits scaled to unit RMS', 'control',
+        interval(np.subtract, *(unit[m][:, 0] for m in METHODS)))
+    relative = [np.array([common.unpack(r['relative']) for r in scale[m]], float)
+                for m in METHODS]
+    add('V2c The same with noise in proportion to the variance of the logits', 'control',
+        interval(np.subtract, *relative))
+    curve = [np.array([common.unpack(r['logits']) for r in scale[m]], float) for m in METHODS]
+    signs = [interval(np.subtract, *(c[:, v] for c in curve)) for v in range(len(CURVE))]
+    above = [f'{v:.2g}' for v, s in zip(CURVE, signs) if s[1] > 0]
+    below = [f'{v:.2g}' for v, s in zip(CURVE, signs) if s[2] < 0]
+    claims.append(claim(
+        'V2c The same, at every variance of the noise from 0.0016 to 102', 'control',
+        f"NT higher at {', '.join(above) or 'none'}; AT higher at {', '.join(below) or 'none'}",
+        'uninformative: collapsed or near chance' if broken else 'contradicted' if below else
+        'supported' if len(above) == len(CURVE) else 'inconclusive'))
+    pairs = (('standard', 'clean'), ('pgd', 'clean'), ('pgd', 'adv'))
+    for text, i, j, value in (
+            ('AT holds less label information: logits, I(T;Y) lower bound, natural images, NT '
+             'minus AT', 0, 1, '+0.71: 3.31 and 2.60'),
+            ('and on adversarial images still less: AT natural minus AT adversarial', 1, 2,
+             '+0.31: 2.60 and 2.29')):
+        add(f'V2d {text}', PAPER, interval(np.subtract, logits(*pairs[i], 'y_lower'),
+                                           logits(*pairs[j], 'y_lower')), reference=value,
+            why=unlabelled(results, pairs[i], pairs[j]))
+        add('V2d The same with logits scaled to unit RMS', 'control', interval(
+            np.subtract, *(plane(results, m, k, 'unit')[:, -1, 1] for m, k in (
+                pairs[i], pairs[j]))))
+    distortion_claims(results, add)
+    fooled_claims(results, add)
+    geometry_claims(results, claims, add)
+    saturation_claims(results, claims, scale)
+    common.write_claims(claims, folder)
+    return claims
+
+
+def unlabelled(results, *pairs):
+    """Why a claim about I(T;Y) of the logits is uninformative, or None: permuted labels give
+    as much, to MARGIN bit."""
+    names, row = [], QUANTITIES.index('y_lower')
+    for method, kind in pairs:
+        value = plane(results, method, kind)[:, -1, -1, row, 0].mean()
+        if value - plane(results, method, kind, 'null')[:, -1, -1, 1].mean() < MARGIN:
+            names.append(f'{NAMES[method]} {KINDS[kind]}')
+    return f'permuted labels give as much, to {MARGIN} bit: {", ".join(names)}' if names else None
+
+
+def trend_claims(results, add):
+    """V1, on the layers whose I(T;X) moves, and what its correlations are worth."""
+    def pairs(a, b):
+        """Indices (layer, quantity) that move in both series."""
+        return [(i, q) for i in range(len(results['layers'])) for q in range(len(QUANTITIES))
+                if not saturated(results, *a, i, True) and not saturated(results, *b, i, True)]
+
+    def median(which):
+        def statistic(a, b):
+            found = [rank_correlation(a[:, i, q], b[:, i, q]) for i, q in which]
+            found = [r for r in found if np.isfinite(r)]
+            return np.median(found) if found else math.nan
+        return statistic
+
+    short_run = 'fewer than five measured epochs' if len(results['epochs']) < 5 else None
+    for method in METHODS:
+        which = pairs((method, 'clean'), (method, 'adv'))
+        found = interval(median(which), *(plane(results, method, k) for k in KINDS))
+        verdict = 'supported' if found[0] >= TREND and found[1] > TREND_LOW else \
+            'contradicted' if found[2] < TREND else 'inconclusive'
+        add(f'V1 Through training, information on natural and adversarial images moves alike in '
+            f'{NAMES[method]}: median rank correlation over layers and estimators that move is '
+            f'at least {TREND}', PAPER, found, verdict, threshold=TREND, unit='',
+            involved=(method,), why=short_run if which else 'no layer moves')
+    which = pairs(('standard', 'clean'), ('pgd', 'clean'))
+    found = interval(median(which), *(plane(results, m, 'clean') for m in METHODS))
+    add('V1 Control: so much is more than any two trainings have in common: the same between NT '
+        f'and AT on natural images stays below {TREND}', 'control', found,
+        effect_verdict(-found[2], -found[1], -TREND), threshold=TREND, unit='',
+        why=short_run if which else 'no layer moves')
+
+
+def difficulty_claims(results, add):
+    """V2a: AT is the harder task."""
+    seeds = results['config']['seeds']
+    if all(results[f'train-{m}-s{s}'] for m in METHODS for s in seeds):
+        train = [np.array([common.unpack(results[f'train-{m}-s{s}']) for s in seeds], float)
+                 for m in METHODS]
+        add('V2a AT is harder: training loss (AT: under PGD), AT minus NT', PAPER,
+            interval(np.subtract, train[1][:, 0], train[0][:, 0]), unit='nats',
+            reference='1.61 and 0.25')
+        add('V2a AT is harder: training accuracy (AT: under PGD), NT minus AT', PAPER,
+            interval(np.subtract, train[0][:, 1], train[1][:, 1]), unit='points',
+            reference='88.7 % and 39.0 %')
+    accuracy = [plane(results, m, 'clean', 'accuracy')[:, -1] for m in METHODS]
+    add('V2a AT is harder: accuracy on natural test images, NT minus AT', PAPER,
+        interval(np.subtract, *accuracy), unit='points', reference='82-83 % and 61-64 %')
+
+
+def distortion_claims(results, add):
+    """V3: NT leans on texture, AT on shape."""
+    def area(values):
+        return (values[1:] / values[0]).mean() if values[0] > 0 else math.nan
+
+    for name, number, claimed, first in (
+            ('saturation', 'ac', 'AT resists saturation better', 'pgd'),
+            ('patches', 'bd', 'NT resists patch-shuffle better', 'standard')):
+        other = METHODS[first == 'standard']
+        pair = [(m, 'clean') for m in (first, other)]
+        for letter, what, text, unit in (
+                (number[0], 'accuracy', 'accuracy', 'points'),
+                (number[1], 'values', 'I(T;Y) of the logits, lower bound,', ''),
+                (number[1], 'unit', 'the same with logits scaled to unit RMS,', '')):
+            series = [distorted(results, m, 'clean', name, what) for m, _ in pair]
+            if what == 'values':
+                series = [v[:, :, -1, QUANTITIES.index('y_lower')] for v in series]
+            elif what == 'unit':
+                series = [v[:, :, 1] for v in series]
+            add(f'V3{letter} {claimed}: {text} relative to that without distortion, mean over '
+                f'levels, {NAMES[first]} minus {NAMES[other]}',
+                'control' if what == 'unit' else PAPER,
+                interval(lambda a, b: area(a) - area(b), *series), unit=unit,
+                why=unlabelled(results, *pair) if what == 'values' else None)
+
+
+def fooled_claims(results, add):
+    """V4 and V5: what adversarial images carry, for NT."""
+    def stays(kind):
+        """(seeds, N): share of levels that keep the prediction, shuffled minus saturated; and
+        which images count."""
+        kept, counts = [], []
+        for s in results['config']['seeds']:
+            share = {}
+            for name in results['levels']:
+                runs = results[f'distortion-standard-s{s}'][name]
+                guesses = [common.unpack(runs[str(v)][kind]['predicted'])
+                           for v in results['levels'][name]]
+                share[name] = np.mean([g == guesses[0] for g in guesses[1:]], 0)
+                label = common.unpack(runs[str(results['levels'][name][0])][kind]['label'])
+            counts.append((guesses[0] != label) == (kind == 'adv'))
+            kept.append(share['patches'] - share['saturation'])
+        return np.array(kept), np.array(counts, float)
+
+    def mean(kept, counts):
+        return (kept * counts).sum() / counts.sum() if counts.sum() else math.nan
+
+    adv, clean = stays('adv'), stays('clean')
+    add('V4 Adversarial images carry the texture of other classes: of those that fool NT, the '
+        'share still taken for the wrong class after patch-shuffle minus after saturation',
+        PAPER, common.bootstrap(mean, *adv), unit='points', involved=('standard',))
+    if not results['config']['as_published']:  # else clean and adv are different images
+        add('V4 Control: and more so than natural images carry that of their own class', 'control',
+            common.bootstrap(lambda a, b, c, d: mean(a, b) - mean(c, d), *adv, *clean),
+            unit='points', involved=('standard',))
+
+    accuracy = interval(lambda a: a, plane(results, 'standard', 'adv', 'accuracy')[:, -1])
+    limit = plane(results, 'standard', 'adv', 'label_entropy')[0, -1]
+    why = f'accuracy is {100 * accuracy[0]:.1f} %, above {100 * FOOLED:.0f} %' \
+        if accuracy[0] > FOOLED else None
+    upper = plane(results, 'standard', 'adv')[:, -1, -1, QUANTITIES.index('y_upper')]
+    unit = plane(results, 'standard', 'adv', 'unit')[:, -1]
+    nulls = (plane(results, 'standard', 'adv', 'null')[:, -1, -1, 0].mean(), unit[:, 2, 0].mean())
+    for text, values, null, source in (
+            ('upper bound', upper, nulls[0], PAPER),
+            ('lower bound with logits scaled to unit RMS', unit[:, 1], nulls[1], 'control')):
+        as_much = f'permuted labels keep {100 * null / limit:.0f} %, too' \
+            if null >= STAYS * limit else None
+        add(f'V5 Information stays although the labels flip: on adversarial images, where NT has '
+            f'{100 * accuracy[0]:.1f} % accuracy, I(T;Y) of the logits, {text}, is at least '
+            f'{100 * STAYS:.0f} % of H(Y)', source, interval(lambda a: a / limit, values),
+            threshold=STAYS, unit='%', involved=('standard',), why=why or as_much,
+            reference='3.31 of 3.32 bits at 2 % accuracy' if source == PAPER else None)
+
+
+def geometry_claims(results, claims, add):
+    """V6: the estimators describe the geometry of the outputs."""
+    worst = max(results[f'scale-{m}-s{s}']['cells'] for m in METHODS
+                for s in results['config']['seeds'])
+    claims.append(claim('V6 The binned I(T;X) is the entropy of repeated rows of cells, to 1e-9 '
+                        'bits', PAPER, f'differs by {worst:.1g} bits',
+                        'supported' if worst < 1e-9 else 'contradicted'))
+    for quantity, geometry, text in (
+            ('x_lower', 'log_nearest', 'I(T;X), lower bound, follows the distance of the nearest '
+             'neighbour'),
+            ('y_lower', 'ratio', 'I(T;Y), lower bound, follows the ratio of distances between '
+             'and within classes')):
+        q, values, where = QUANTITIES.index(quantity), [], []
+        for method in METHODS:
+            for kind in KINDS:
+                for i in range(len(results['layers'])):
+                    if not saturated(results, method, kind, i, True):
+                        values.append(plane(results, method, kind)[:, :, i, q])
+                        where.append(plane(results, method, kind, geometry)[:, :, i])
+        if values:  # (seeds, points, 1 + REPLICATES)
+            values, where = np.concatenate(values, 1), np.concatenate(where, 1).mean(0)
+            found = interval(lambda a: rank_correlation(a, where), values)
+        add(f'V6 {text}: rank correlation over layers and epochs that move is at least '
+            f'{GEOMETRY}', PAPER, found if len(values) else (math.nan,) * 3,
+            threshold=GEOMETRY, unit='', why=None if len(values) else 'no layer moves')
+
+
+def saturation_claims(results, claims, scale):
+    """V7, V8 and the referee: what the estimates can say at all."""
+    x, layers = QUANTITIES.index('x_lower'), results['layers'][:-1]
+    gaps = {}
+    for text, method, epoch in (('initial', 'standard', 0), ('NT', 'standard', -1),
+                                ('AT', 'pgd', -1)):
+        values = plane(results, method, 'clean')[:, epoch, :-1, x, 0].mean(0)
+        for i, gap in enumerate(plane(results, method, 'clean', 'ceiling')[0, epoch] - values):
+            gaps[f'{short(layers[i])} {text}'] = gap
+    free = [f'{name} {gap:.2f}' for name, gap in gaps.items() if gap > MARGIN]
+    claims.append(claim(
+        f'V7 Inner layers are saturated, untrained and trained: I(T;X), lower bound, is within '
+        f'{MARGIN} bit of the ceiling, so that their curves say nothing', 'control',
+        f'{len(gaps) - len(free)} of {len(gaps)} layers and networks are; bits below it: '
+        + (', '.join(free) or 'none'), 'contradicted' if free else 'supported'))
+    above, excess = [], {}
+    for method in METHODS:
+        for i, name in enumerate(results['layers']):
+            y = plane(results, method, 'clean')[:, -1, i, QUANTITIES.index('y_lower'), 0].mean()
+            null = plane(results, method, 'clean', 'null')[:, -1, i, 1].mean()
+            excess[f'{NAMES[method]} {short(name)}'] = y - null
+            if saturated(results, method, 'clean', i):
+                above.append(abs(y - null))
+    claims.append(claim(
+        f'V8 In saturated layers permuted labels give the same I(T;Y), lower bound, to {MARGIN} '
+        'bit', 'control', f'{len(above)} such layers, largest difference {max(above):.3f} bits'
+        if above else 'no saturated layer', 'uninformative: no saturated layer' if not above
+        else 'supported' if max(above) < MARGIN else 'contradicted'))
+    claims.append(claim(
+        f'V8 Every layer knows more of the labels than of permuted ones, by {MARGIN} bit',
+        'control', ', '.join(f'{k} {v:+.2f}' for k, v in excess.items()),
+        'supported' if min(excess.values()) > MARGIN else 'contradicted'))
+    text, inside = [], True
+    for method in METHODS:
+        for run, s in zip(scale[method], results['config']['seeds']):
+            at = CURVE.index(VARIANCE)
+            upper, lower = (run['curves'][-1][0][k][at] for k in (0, 1))
+            middle, error = run['referee'][0], 3 * run['referee_error'][0]
+            inside &= lower - error <= middle <= upper + error
+            text.append(f'{NAMES[method]} {lower:.2f} < {middle:.2f} < {upper:.2f}')
+    claims.append(claim(
+        'The Monte-Carlo referee lies between the bounds of I(T;X) of the logits', 'control',
+        '; '.join(text) + ' bits', 'supported' if inside else 'contradicted'))
+
+
+# --------------------------------------------------------------------------------------------
+
+def print_table(results):
+    """Every layer at the last measured epoch: value, ceiling and null side by side."""
+    epoch = results['epochs'][-1]
+    common.log.info('\nAfter epoch %d, %d images, in bits. "certified": no two images are near '
+                    'enough to matter', epoch, results['samples'])
+    common.log.info('%-5s%-12s%-9s%8s  %21s%9s  %21s%8s%8s  %15s', '', 'images', 'layer', 'D',
+                    'I(T;X) up / low / bin', 'ceiling', 'I(T;Y) up / low / bin', 'H(Y)', 'null',
+                    'valid bracket')
+    for method in METHODS:
+        for kind, text in KINDS.items():
+            run = results[f"plane-{method}-s{results['config']['seeds'][0]}-e{epoch}"][kind]
+            values = common.unpack(run['values'])[..., 0]
+            for i, name in enumerate(results['layers']):
+                layer, v = run['layers'][i], values[i]
+                flag = 'certified' if layer['certified'] else \
+                    'saturated' if v[1] >= run['ceiling'] - MARGIN else ''
+                common.log.info(
+                    '%-5s%-12s%-9s%8d  %6.2f %6.2f %6.2f %9.2f  %6.2f %6.2f %6.2f %8.2f%8.2f'
+                    '  %6.2f - %6.2f  %s', NAMES[method], text, short(name),
+                    layer['dimensions'], *v[:3], run['ceiling'], *v[3:], run['label_entropy'],
+                    layer['null'][1], *layer['bracket'], flag)
+
+
+def make_parser(published=False):
+    """The flags; as published some have other defaults."""
+    defaults = {name: values | (PUBLISHED | dict(test_size=0) if published and name != '*' else
+                                {}) for name, values in DEFAULTS.items()}
+    if published:
+        defaults['shapes'] |= dict(test_size=3000)
+    parser = common.make_parser(__doc__, defaults)
+    add = parser.add_argument
+    add('--as-published', action='store_true', help="the authors' choices instead of ours, to "
+        'see what difference they make')
+    add('--measured', type=common.whole, metavar='N', help='epochs that are measured, at equal '
+        'ratios (20; 0: all)')
+    add('--variance', type=common.positive, default=VARIANCE, help=f'of the noise ({VARIANCE})')
+    add('--bin-width', type=common.positive, default=BIN_WIDTH, help=f'({BIN_WIDTH})')
+    add('--test-steps', type=common.count, help='of PGD on the test images (7)')
+    add('--test-step-size', type=common.positive, help='(eps / 4; mnist: 8/255)')
+    return parser
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = common.parse(make_parser('--as-published' in argv), argv)
+    if args.plot_only:
+        folder, results = common.open_results(args.plot_only)
+    else:
+        folder, results = study(args)
+    print_table(results)
+    draw(results, folder)
+    judge(results, folder)
+    common.log.info('\nfigures and results in %s', folder)
+
+
+if __name__ == '__main__':
+    common.entry(main)

@@ -1,0 +1,533 @@
+"""mi_analysis.py: estimators against closed forms, transforms, and the script end to end.
+
+The numbers (1) to (16) are those of the estimators' known answers; nats where it says so.
+"""
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import mi_analysis as mi
+
+LN2 = math.log(2)
+
+
+def points(n, d, seed=0, std=1.0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return std * torch.randn(n, d, generator=generator, dtype=dtype)
+
+
+def kde(t, y=None, variance=0.1, classes=None, **options):
+    """{'lower': ..., 'upper': ..., 'lower_y', 'upper_y', ...} in nats."""
+    y = torch.zeros(len(t), dtype=torch.long) if y is None else y
+    k = mi.kde_terms(t, y[None], classes or int(y.max()) + 1, (variance,), **options)
+    out = {}
+    for bound in ('lower', 'upper'):
+        x, given = k[bound][0].mean(), k[bound + '_given'][0, 0].mean()
+        out |= {bound: x.item() * LN2, bound + '_y': (x - given).item() * LN2,
+                bound + '_given': given.item() * LN2}
+    return out
+
+
+def binned(t, y=None, width=0.5):
+    """(I(T;X), I(T;Y)) in nats."""
+    y = torch.zeros(len(t), dtype=torch.long) if y is None else y
+    x, given = mi.bin_terms(mi.cell_keys(t, width), y[None])
+    return x.mean().item() * LN2, (x - given[0]).mean().item() * LN2
+
+
+def direct(t, y, variance=0.1):
+    """The bounds by whole distance matrices in float64, as their formulas stand: nats."""
+    t = t.double()
+    d = t.shape[1]
+    out = {}
+
+    def bound(u, c):  # entropy of the mixture
+        s = torch.cdist(u, u, compute_mode='donot_use_mm_for_euclid_dist').square()
+        kernel = torch.logsumexp(-s / (c * variance), 1) - math.log(len(u))
+        return d / 2 + d / 2 * math.log(2 * math.pi * variance) - kernel.mean().item()
+
+    noise = d / 2 * (math.log(2 * math.pi * variance) + 1)
+    for name, c in (('upper', 2), ('lower', 8)):
+        whole = bound(t, c)
+        parts = sum((y == k).double().mean().item() * bound(t[y == k], c) for k in y.unique())
+        out |= {name: whole - noise, name + '_y': whole - parts}
+    return out
+
+
+def label_entropy(y):
+    return mi.entropy(y.bincount().tolist()) * LN2
+
+
+# ------------------------------------------------------------------------- (1) to (3): clusters
+
+def test_1_equal_rows_know_nothing():
+    t, y = torch.full((60, 7), 3.2), torch.arange(60) % 3
+    found = kde(t, y)
+    assert all(abs(v) < 1e-12 for v in found.values())
+    assert binned(t, y) == (0, 0)
+
+
+def test_2_distant_rows_know_everything_even_random_labels():
+    t = 100 * torch.arange(800.0)[:, None]
+    y = torch.from_numpy(np.random.default_rng(0).integers(10, size=800))
+    found = kde(t, y)
+    for bound in ('lower', 'upper'):
+        assert found[bound] == pytest.approx(math.log(800), abs=1e-12) == 6.684611727667927
+        assert found[bound + '_y'] == pytest.approx(label_entropy(y), abs=1e-12)
+    assert binned(t, y) == pytest.approx((math.log(800), label_entropy(y)), abs=1e-12)
+
+
+def test_3_clusters_that_are_the_classes_and_clusters_that_are_not():
+    y = torch.arange(90) % 3
+    t = 1000.0 * y[:, None].double()
+    found = kde(t, y)
+    for value in (*binned(t, y), *(found[k] for k in ('lower', 'upper', 'lower_y', 'upper_y'))):
+        assert value == pytest.approx(math.log(3), abs=1e-12)
+    other = torch.arange(90) // 3 % 3  # every cluster holds every class equally often
+    found = kde(1000.0 * other[:, None].double(), y)
+    assert found['lower_y'] == pytest.approx(0, abs=1e-12)
+    assert found['upper_y'] == pytest.approx(0, abs=1e-12)
+    assert found['lower'] == pytest.approx(math.log(3), abs=1e-12)
+
+
+# ------------------------------------------------------------------ (4) to (6): known channels
+
+@pytest.mark.parametrize('r,lower,truth,upper', (
+    (0.25, 0.015503, 0.030311, 0.060548), (1, 0.060548, 0.111421, 0.219070),
+    (4, 0.219070, 0.336831, 0.566219), (16, 0.566219, 0.632720, 0.692812)))
+def test_4_two_points_bracket_the_binary_channel(r, lower, truth, upper):
+    t = torch.tensor([[0.0], [math.sqrt(r * 0.1)]], dtype=torch.float64)
+    found = kde(t)
+    assert found['lower'] == pytest.approx(lower, abs=1e-6)
+    assert found['upper'] == pytest.approx(upper, abs=1e-6)
+    assert found['upper'] == pytest.approx(LN2 - math.log1p(math.exp(-r / 2)), abs=1e-12)
+    assert found['lower'] == pytest.approx(LN2 - math.log1p(math.exp(-r / 8)), abs=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    # the same two points many times over: the same mixture, many draws at once
+    terms = mi.monte_carlo(t.repeat(500, 1), torch.zeros(1000, dtype=torch.long), 0.1, 60,
+                           generator)
+    assert terms[0].mean().item() * LN2 == pytest.approx(truth, abs=4e-3)
+    assert abs(terms[1].mean().item()) < 1e-12  # one class: nothing to learn
+
+
+@pytest.mark.parametrize('d,r,tolerance', ((1, 1, 0.03), (1, 9, 0.03), (2, 4, 0.03), (5, 3, 0.1)))
+def test_5_gaussian_source_reaches_its_limits(d, r, tolerance):
+    found = kde(points(6000, d, std=math.sqrt(0.1 * r)))
+    truth = d / 2 * math.log(1 + r)
+    assert found['upper'] == pytest.approx(d / 2 * (math.log(1 + r) + r / (1 + r)),
+                                           abs=tolerance)
+    assert found['lower'] == pytest.approx(d / 2 * (math.log(1 + r / 4) + r / 4 / (1 + r / 4)),
+                                           abs=0.03)
+    assert found['lower'] < truth < found['upper']
+
+
+def test_5_a_wide_source_in_many_dimensions_saturates():
+    found = kde(points(6000, 10, std=1.0))
+    assert found['lower'] <= found['upper'] <= math.log(6000) < 5 * math.log(11)
+
+
+@pytest.mark.parametrize('d,std', ((10, 0.5), (3, 1.0), (1, 0.3)))
+def test_6_lower_referee_upper_ceiling(d, std):
+    t = points(2000, d, std=std)
+    y = torch.arange(2000) % 10
+    found = kde(t, y)
+    generator = torch.Generator().manual_seed(1)
+    terms = mi.monte_carlo(t, y, 0.1, 3, generator) * LN2
+    x, label = terms.mean(1).tolist()
+    error = 4 * (terms.std(1) / terms.shape[1] ** 0.5).max().item()
+    assert 0 <= found['lower'] <= x + error and x - error <= found['upper'] <= math.log(2000)
+    assert error / 4 < 0.05
+    for name in ('lower_y', 'upper_y'):
+        assert found[name] <= math.log(10) + 1e-12
+    # the valid bracket of I(T;Y)
+    assert found['lower'] - found['upper_given'] - error <= label
+    assert label <= found['upper'] - found['lower_given'] + error
+    if d == 10:
+        assert (found['lower'], x, found['upper']) == pytest.approx((4.25, 5.64, 7.39), abs=0.1)
+
+
+# ---------------------------------------------------------------- (7) to (9): invariances, limits
+
+def test_7_invariances():
+    t, y = points(300, 6, std=0.4), torch.arange(300) % 5
+    plain = kde(t, y)
+    turn = torch.linalg.qr(points(6, 6, 3))[0]
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    for other, labels in ((t @ turn, y), (t + 5, y), (t[order], y[order])):
+        assert kde(other, labels) == pytest.approx(plain, abs=1e-9)
+    assert kde(torch.cat((t, t)), torch.cat((y, y))) == pytest.approx(plain, abs=1e-12)
+    assert kde(3 * t, y, variance=0.9) == pytest.approx(plain, abs=1e-12)
+
+
+def test_8_data_processing():
+    t, y = points(400, 8, std=0.5), torch.arange(400) % 4
+    found, flat = kde(t, y), kde(F.relu(t), y)
+    shadow = kde(t[:, :3], y)
+    for bound in ('lower', 'upper'):
+        assert flat[bound] <= found[bound] and shadow[bound] <= found[bound]
+        assert kde(2 * t, y)[bound] > found[bound]  # a gain can
+    cells = (t / 0.5).floor()
+    for function in (lambda c: c.abs(), lambda c: c.sum(1, keepdim=True), lambda c: c * 0):
+        coarse = binned(0.5 * function(cells) + 0.25, y)
+        assert all(a <= b + 1e-12 for a, b in zip(coarse, binned(t, y)))
+
+
+def test_9_small_and_large_noise():
+    t = torch.cat((points(50, 4), points(50, 4)[:20]))  # twenty rows twice
+    rows = mi.entropy([2] * 20 + [1] * 30) * LN2
+    assert kde(t, variance=1e-6)['lower'] == pytest.approx(rows, abs=1e-9)
+    assert binned(t, width=1e-7)[0] == pytest.approx(rows, abs=1e-9)
+    assert kde(t, variance=1e9)['upper'] == pytest.approx(0, abs=1e-7)
+    curve = mi.kde_terms(t, torch.zeros(1, 70, dtype=torch.long), 1, mi.CURVE)
+    for bound in ('lower', 'upper'):
+        assert (curve[bound].mean(1).diff() <= 0).all()
+        alone = kde(t, variance=mi.CURVE[2])[bound]
+        assert curve[bound][2].mean().item() * LN2 == pytest.approx(alone, abs=1e-12)
+
+
+# ------------------------------------------------------------- (10) to (14): ceilings, precision
+
+@pytest.mark.parametrize('size,repeats,pool,bits', ((500, 10, 10000, 11.87),
+                                                    (2500, 2, 10000, 12.04),
+                                                    (750, 6, 8000, 11.70)))
+def test_10_overlapping_samples_lower_the_ceiling(size, repeats, pool, bits):
+    args = type('Args', (), dict(as_published=True, dataset='x', arch='lenet5'))
+    data = type('Data', (), dict(classes=range(10), test=(None, torch.zeros(pool))))
+    setting = mi.Setting(args, data)
+    setting.batch, setting.repeats = size, repeats
+    samples = [setting.sample('test', i) for i in range(5)]
+    assert {len(index) for index in samples} == {size * repeats}
+    entropies = [mi.entropy(np.unique(i, return_counts=True)[1]) for i in samples]
+    assert np.mean(entropies) == pytest.approx(bits, abs=0.02)
+
+
+def test_11_entropies_of_separated_outputs():
+    for d, bits in ((16384, 6338.667), (8192, 3175.477), (10, 16.149)):
+        assert mi.noise_entropy(d) + math.log2(5000) == pytest.approx(bits, abs=1e-3)
+    t, y = 100 * torch.arange(40.0)[:, None].expand(-1, 3), torch.arange(40) % 4
+    found = mi.layer_information(t, y.expand(4, -1), 4, mi.replicate_weights(40))
+    assert found['entropy'][0] == pytest.approx(mi.noise_entropy(3) + math.log2(40), abs=1e-9)
+    assert found['entropy'][1:] == pytest.approx([mi.noise_entropy(3) + math.log2(10)] * 4)
+    assert found['certified'] and found['bracket'] == pytest.approx([2, 2])
+
+
+def test_12_float32_with_an_offset_is_exact_and_the_raw_diagonal_is_not():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(150, 16384, generator=generator)
+    near = base + 0.004 * torch.randn(base.shape, generator=generator)
+    t, y = torch.cat((base, near)) + 3, torch.arange(300) % 10
+    exact, fast, raw = kde(t.double(), y), kde(t, y), kde(t, y, raw=True)
+    assert 5.0 < exact['lower'] < math.log(300) - 0.1  # the pairs of neighbours show
+    for name in exact:
+        assert fast[name] == pytest.approx(exact[name], abs=1e-6)
+    assert max(abs(raw[name] - exact[name]) / LN2 for name in exact) > 1e-3
+
+
+@pytest.mark.parametrize('n,d,std,dtype', ((700, 3, 0.3, torch.float64),
+                                           (500, 900, 0.02, torch.float32),
+                                           (500, 900, 0.3, torch.float32)))
+def test_13_tiles_equal_the_direct_way(n, d, std, dtype):
+    t, y = points(n, d, std=std, dtype=dtype), torch.arange(n) % 7
+    labels = torch.stack((y, y.flip(0)))
+    sums = mi.kernel_sums(t, F.one_hot(y), (0.2, 0.8), tile=128)
+    whole = mi.kernel_sums(t, F.one_hot(y), (0.2, 0.8), tile=4096)
+    s = torch.cdist(t.double(), t.double(), compute_mode='donot_use_mm_for_euclid_dist') ** 2
+    assert torch.allclose(sums[0], whole[0], rtol=1e-9) 
+    assert torch.allclose(sums[2], whole[2], rtol=1e-3)
+    assert torch.allclose(sums[1], s @ F.one_hot(y).double(), rtol=1e-4)
+    assert torch.allclose(sums[2], s.fill_diagonal_(math.inf).amin(1), rtol=1e-3)
+    expected = direct(t, y)
+    assert kde(t, y) == pytest.approx(expected | {k: kde(t, y)[k] for k in (
+        'lower_given', 'upper_given')}, abs=1e-10 if dtype == torch.float64 else 1e-7)
+    both = mi.kde_terms(t, labels, 7)
+    assert torch.allclose(both['lower_given'][0, 1], mi.kde_terms(
+        t, labels[1:], 7)['lower_given'][0, 0], atol=1e-9)
+
+
+def test_13_hashed_cells_are_the_cells():
+    t, y = points(3000, 40, std=0.16, dtype=torch.float32), torch.arange(3000) % 10
+    t[:1000] = t[1000:2000]
+    cells = np.ascontiguousarray((t / 0.5).floor().int().numpy())
+    _, inverse, counts = np.unique(cells.view('V160'), return_inverse=True, return_counts=True)
+    expected = np.log(3000) - (counts * np.log(counts)).sum() / 3000
+    assert binned(t)[0] == pytest.approx(expected, abs=1e-12)
+    given = 0
+    for k in range(10):
+        counts = np.unique(inverse.ravel()[y == k], return_counts=True)[1]
+        given += 0.1 * (np.log(300) - (counts * np.log(counts)).sum() / 300)
+    assert binned(t, y)[1] == pytest.approx(expected - given, abs=1e-12)
+
+
+def test_14_cells_by_hand():
+    t = torch.tensor([[0.1], [0.4], [0.6], [-0.1]])
+    assert binned(t)[0] == pytest.approx(1.0397, abs=1e-4)
+    assert binned(t)[0] == pytest.approx(1.5 * LN2, abs=1e-12)
+    assert binned(torch.tensor([[0.0], [-0.0]]))[0] == 0
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match='NaN or infinity'):
+            mi.cell_keys(torch.tensor([[0.0], [bad]]))
+
+
+# ------------------------------------------------------------------ (15), (16): images and attack
+
+def test_15_saturation():
+    x = torch.linspace(0, 1, 101).view(1, 1, 1, -1)
+    assert torch.allclose(mi.saturate(x, 2), x, atol=1e-6)
+    strong = mi.saturate(torch.tensor([0.25, 0.5, 0.75]), 1024)
+    assert strong == pytest.approx([0.0007, 0.5, 0.9993], abs=1e-4)
+    assert (mi.saturate(x, 8).diff() >= 0).all()
+
+
+@pytest.mark.parametrize('k', (0, 2, 4, 8))
+def test_15_patch_shuffle_keeps_the_patches(k):
+    x = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    shuffled = mi.shuffle_patches(x, k, torch.Generator().manual_seed(1))
+    assert shuffled.shape == x.shape
+    assert torch.equal(shuffled, x) == (k == 0)
+    k = k or 1
+
+    def patches(image):
+        side = 32 // k
+        cut = image.unfold(1, side, side).unfold(2, side, side)  # (3, k, k, side, side)
+        return sorted(map(tuple, cut.permute(1, 2, 0, 3, 4).reshape(k * k, -1).tolist()))
+
+    for a, b in zip(x, shuffled):
+        assert patches(a) == patches(b)
+
+
+def test_15_permutations_are_uniform_and_differ_between_images():
+    x = torch.arange(4.0).view(1, 1, 2, 2).expand(2400, 1, 2, 2)
+    shuffled = mi.shuffle_patches(x, 2, torch.Generator().manual_seed(0)).flatten(1)
+    _, counts = shuffled.unique(dim=0, return_counts=True)
+    assert len(counts) == 24 and 60 < counts.min() and counts.max() < 140
+
+
+@pytest.fixture(scope='module')
+def tiny_setting():
+    args = mi.common.parse(mi.make_parser(), ['--test-size', '40', '--train-size', '60'])
+    args.test_step_size = args.eps / 4
+    data = common.load_data('shapes', train_size=60, test_size=40)
+    return mi.Setting(args, data)
+
+
+def test_16_the_attack_stays_in_its_ball_and_raises_the_loss(tiny_setting):
+    model = common.make_model('small-cnn', 10, (3, 32, 32), 0)
+    x, y = tiny_setting.images(tiny_setting.sample())
+    x_adv = tiny_setting.attack(model, x, y)
+    assert (x_adv - x).abs().max() <= 8 / 255 + 1e-6
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+    with common.frozen(model), torch.no_grad():
+        assert F.cross_entropy(model(x_adv), y) > F.cross_entropy(model(x), y)
+
+
+# -------------------------------------------------------------------------- layers and networks
+
+@pytest.mark.parametrize('arch,shape,sizes', (
+    ('lenet5', (1, 28, 28), (3456, 1024, 120, 84, 10)),
+    ('wrn-10-1', (3, 32, 32), (16384, 16384, 16384, 8192, 10)),
+    ('wrn-10-1', (3, 96, 96), (147456, 147456, 147456, 73728, 10)),
+    ('small-cnn', (3, 32, 32), (8192, 8192, 4096, 2048, 10)),
+    ('resnet18', (3, 32, 32), (65536, 32768, 16384, 8192, 10)),
+    ('preact-resnet18', (3, 32, 32), (65536, 32768, 16384, 8192, 10))))
+def test_hooked_layers_have_the_papers_sizes(arch, shape, sizes):
+    model = mi.build(arch, 10, shape, 0)
+    x = torch.rand(3, *shape)
+    taken = list(mi.activations(model, x, mi.layers_of(arch, False), 2))
+    assert [t.shape for _, t in taken] == [(3, d) for d in sizes]
+    with common.frozen(model), torch.no_grad():
+        assert torch.allclose(taken[-1][1], model(x), atol=1e-5)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_activations_are_taken_before_or_after_the_relu_and_in_parts(monkeypatch):
+    model, x = mi.build('lenet5', 10, (1, 28, 28), 0), torch.rand(7, 1, 28, 28)
+    after = dict(mi.activations(model, x, mi.layers_of('lenet5', False), 3))
+    before = dict(mi.activations(model, x, mi.layers_of('lenet5', True), 3))
+    assert before['conv1'].min() < 0 <= after['conv1'].min()
+    assert torch.equal(F.relu(before['fc1']), after['fc1'])
+    assert torch.allclose(before['conv1'], model.conv1(x).flatten(1), atol=1e-6)
+    monkeypatch.setattr(mi, 'ACTIVATIONS', 1)
+    for name, t in mi.activations(model, x, mi.layers_of('lenet5', False), 3):
+        assert torch.equal(t, after[name])
+    with pytest.raises(common.UserError, match='no layers are known for alexnet'):
+        mi.layers_of('alexnet', False)
+
+
+def test_as_published_batch_norms_use_the_batch():
+    model = mi.build('wrn-10-1', 10, (3, 32, 32), 0, published=True)
+    x = torch.rand(8, 3, 32, 32)
+    with common.frozen(model), torch.no_grad():
+        together, alone = model(x)[:2], model(x[:2])
+    assert not torch.allclose(together, alone, atol=1e-3)
+    with torch.no_grad():
+        assert torch.allclose(model.train()(x)[:2], together, atol=1e-5)
+    model.load_state_dict(mi.build('wrn-10-1', 10, (3, 32, 32), 1, True).state_dict())
+
+
+def test_one_batch_of_the_small_cnn_as_published_is_its_train_mode():
+    model = mi.build('small-cnn', 10, (3, 32, 32), 0, published=True)
+    x = torch.rand(8, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x), model.train()(x), atol=1e-5)
+
+
+# ------------------------------------------------------------------------- epochs and intervals
+
+def test_measured_epochs():
+    assert mi.measured_epochs(6, 20, False) == list(range(7))
+    assert mi.measured_epochs(6, 20, True) == list(range(6))
+    assert mi.measured_epochs(200, 0, False) == list(range(201))
+    chosen = mi.measured_epochs(200, 20, False)
+    assert len(chosen) == 20 and chosen[:3] == [0, 1, 2] and chosen[-1] == 200
+    assert chosen == sorted(set(chosen))
+    ratios = np.diff(np.log(chosen[8:]))
+    assert ratios.max() < 2 * ratios.min()
+
+
+def test_replicates_average_images():
+    weights = mi.replicate_weights(500)
+    assert weights.shape == (1 + mi.REPLICATES, 500)
+    assert torch.allclose(weights.sum(1), torch.ones(len(weights), dtype=torch.float64))
+    terms = points(500, 1)[:, 0]
+    means = weights @ terms
+    assert means[0] == pytest.approx(terms.mean().item())
+    assert means[1:].std().item() == pytest.approx(terms.std().item() / 500 ** 0.5, rel=0.15)
+
+
+def test_the_interval_covers_the_spread_of_fresh_samples():
+    """The bootstrap keeps the mixture; its interval must still be that of drawing anew."""
+    values, widths = [], []
+    weights = mi.replicate_weights(400)
+    for seed in range(40):
+        y = torch.arange(400) % 4
+        t = points(400, 3, seed, std=0.4) + F.one_hot(y, 4)[:, :3].double()
+        labels = y[None].expand(2, -1)
+        found = mi.layer_information(t, labels, 4, weights)['values']
+        values.append(found[:, 0])
+        widths.append(found[:, 1:].std(1))
+    for i, name in enumerate(mi.QUANTITIES):
+        if 'bin' not in name:
+            spread = torch.stack(values)[:, i].std().item()
+            assert torch.stack(widths)[:, i].mean().item() == pytest.approx(spread, rel=0.45)
+
+
+def test_interval_pairs_replicates_and_resamples_seeds():
+    base = np.random.default_rng(0).normal(size=(1, 1 + mi.REPLICATES))
+    value, low, high = mi.interval(np.subtract, base + 1, base)
+    assert (value, low, high) == pytest.approx((1, 1, 1))
+    two = np.stack((np.zeros(1 + mi.REPLICATES), np.ones(1 + mi.REPLICATES)))
+    assert mi.interval(lambda a: a, two) == pytest.approx((0.5, 0, 1))
+
+
+def test_null_and_bracket_of_informative_outputs():
+    y = torch.arange(600) % 3
+    t = F.one_hot(y).double() * 3 + points(600, 3, std=0.1)
+    labels = torch.stack([y, *(y[torch.randperm(600, generator=torch.Generator().manual_seed(i))]
+                               for i in range(3))])
+    found = mi.layer_information(t, labels, 3, mi.replicate_weights(600))
+    upper, lower, cells = found['values'][3:, 0]
+    assert lower == pytest.approx(math.log2(3), abs=0.01)
+    assert found['null'][1] < 0.02 and found['null'][0] < 0.1 < cells
+    assert found['bracket'][0] > 1.2 and found['bracket'][1] <= math.log2(3) + 1e-12
+    assert found['ratio'] > 10 and not found['certified']
+
+
+def test_log_nearest_and_ratio_by_hand():
+    t = torch.tensor([[0.0], [1.0], [8.0], [9.0]])
+    y = torch.tensor([0, 0, 1, 1])
+    found = mi.layer_information(t, y.expand(2, -1), 2, mi.replicate_weights(4))
+    assert found['log_nearest'] == pytest.approx(0)
+    assert found['ratio'] == pytest.approx(math.sqrt((64 + 81 + 49 + 64) / 4))
+
+
+def test_rank_correlation():
+    assert mi.rank_correlation([1, 2, 3], [2, 4, 9]) == pytest.approx(1)
+    assert mi.rank_correlation([1, 2, 3], [9, 4, 2]) == pytest.approx(-1)
+    assert math.isnan(mi.rank_correlation([1, 1, 1], [9, 4, 2]))
+
+
+# ------------------------------------------------------------------------------------- end to end
+
+TINY = ['--train-size', '60', '--test-size', '40', '--epochs', '2', '--batch-size', '20']
+FIGURES = ['fig1_training', 'fig2_plane_standard', 'fig3_plane_pgd', 'fig4_layers',
+           'fig5_entropy', 'fig6_distortion', 'fig7_distortion_layers', 'fig8_images',
+           'fig9_scale', 'fig10_nulls', 'fig11_geometry']
+
+
+def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys, monkeypatch):
+    command = TINY + ['--out', str(tmp_path)]
+    mi.main(command)
+    printed = capsys.readouterr().out
+    [folder] = (tmp_path / 'mi_analysis').iterdir()
+    for figure in FIGURES:
+        assert (folder / f'{figure}.png').stat().st_size > 3000
+    results = json.loads((folder / 'results.json').read_text())
+    assert results['epochs'] == [0, 1, 2]
+    for method in mi.METHODS:
+        for kind in mi.KINDS:
+            values = mi.plane(results, method, kind)
+            assert values.shape == (1, 3, 5, 6, 1 + mi.REPLICATES)
+            assert (values[..., :3, 0] <= math.log2(40) + 1e-5).all()
+            assert (values[..., 1, 0] <= values[..., 0, 0] + 1e-5).all()
+    # no distortion is no distortion
+    for name in ('saturation', 'patches'):
+        untouched = mi.distorted(results, 'pgd', 'adv', name, 'values')[:, 0]
+        assert untouched == pytest.approx(mi.plane(results, 'pgd', 'adv')[:, -1], abs=1e-4)
+    # both networks start from the same weights
+    assert mi.plane(results, 'pgd', 'clean')[:, 0] == pytest.approx(
+        mi.plane(results, 'standard', 'clean')[:, 0])
+    table = (folder / 'claims.md').read_text()
+    for name in ('V1', 'V2a', 'V2b', 'V2c', 'V2d', 'V3a', 'V3b', 'V3c', 'V3d', 'V4', 'V5', 'V6',
+                 'V7', 'V8'):
+        assert f'| {name} ' in table
+    assert 'ceiling' in printed and 'I(T;Y)' in printed
+    stamp = (folder / 'results.json').stat().st_mtime_ns
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / 'models').rglob('*.pt')}
+    assert len(kept) == 8  # two models with three epochs each
+    monkeypatch.setattr(mi, 'draw', lambda results, folder: None)
+    mi.main(command)
+    assert stamp == (folder / 'results.json').stat().st_mtime_ns
+    assert kept == {p: p.stat().st_mtime_ns for p in (tmp_path / 'models').rglob('*.pt')}
+    assert (folder / 'claims.md').read_text() == table
+
+
+def test_as_published_and_two_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(mi, 'draw', lambda results, folder: None)
+    mi.main(['--train-size', '60', '--test-size', '80', '--epochs', '2', '--batch-size', '20',
+             '--seeds', '0', '1', '--as-published', '--out', str(tmp_path)])
+    [folder] = (tmp_path / 'mi_analysis').iterdir()
+    results = json.loads((folder / 'results.json').read_text())
+    assert results['epochs'] == [0, 1] and results['samples'] == 40
+    config = results['config']
+    assert (config['lr'], config['schedule'], config['weight_decay']) == (0.025, 'constant', 0)
+    assert mi.plane(results, 'pgd', 'clean', 'ceiling').max() < math.log2(40)
+
+
+def test_a_published_default_lr_is_constant_and_ours_drops():
+    args = common.parse(mi.make_parser(), ['--dataset', 'cifar10'])
+    assert (args.arch, args.epochs, args.lr, args.weight_decay) == ('wrn-10-1', 200, 0.1, 0)
+    assert [common.lr_factor(args.schedule, e / 200) for e in (0, 19, 20, 59, 60, 199)] == \
+        [1, 1, 0.5, 0.5, 0.25, 0.25]
+    args = common.parse(mi.make_parser(True), ['--dataset', 'mnist', '--as-published'])
+    assert args.lr * common.lr_factor(args.schedule, 0.9) == 0.025
+    assert (args.eps, args.step_size, args.steps) == (45 / 255, 8 / 255, 7)
+
+
+@pytest.mark.parametrize('flags,message', (
+    (['--arch', 'alexnet', '--image-size', '64'], 'no layers are known for alexnet'),
+    (['--variance', '0'], '0 is not allowed'),
+    (['--measured', '-1'], 'whole number'),
+    (['--test-size', '10', '--train-size', '60'], '--test-size is too small'),
+    (['--plot-only', '/nowhere'], 'no readable results.json')))
+def test_bad_input_is_one_line(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        common.entry(partial(mi.main, flags + ['--out', str(tmp_path)]))
+    stderr = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert message in stderr and stderr.startswith('error: ') and stderr.count('\n') == 1
