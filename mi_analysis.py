@@ -90,30 +90,25 @@ CHANCE = 1.5              # times 1 / classes: natural accuracy below is no netw
 
 # ------------------------------------------------------------------------- pairwise distances
 
-def distances(a, b, centre, dtype, chunk=2048, raw=False):
+def distances(a, b, norm_a, norm_b, centre, dtype, chunk=2048):
     """Squared distances of the rows of a (A, D) and b (B, D), computed in dtype: (A, B).
 
-    Both are centred first: |a|^2 + |b|^2 - 2ab cancels badly far from the origin. raw: neither
-    centred nor kept from going below 0.
+    norm_a, norm_b: squared norms of the rows less `centre`; |a|^2 + |b|^2 - 2ab cancels badly
+    far from the origin.
     """
-    cross = torch.zeros(len(a), len(b), dtype=dtype, device=a.device)
-    norm_a, norm_b = cross.new_zeros(len(a)), cross.new_zeros(len(b))
+    s = norm_a.to(dtype)[:, None] + norm_b.to(dtype)
     for c in range(0, a.shape[1], chunk):
-        middle = 0 if raw else centre[c:c + chunk].to(dtype)
-        u, v = (t[:, c:c + chunk].to(dtype) - middle for t in (a, b))
-        cross.addmm_(u, v.T)
-        norm_a += u.square().sum(1)
-        norm_b += v.square().sum(1)
-    s = cross.mul_(-2).add_(norm_a[:, None]).add_(norm_b)
-    return s if raw else s.clamp_(min=0)
+        u, v = (t[:, c:c + chunk].to(dtype) - centre[c:c + chunk].to(dtype) for t in (a, b))
+        s.addmm_(u, v.T, alpha=-2)
+    return s
 
 
-def refined(a, b, centre, reach, diagonal):
+def refined(a, b, norm_a, norm_b, centre, reach, diagonal):
     """Squared distances in float32, those below `reach` once more in float64; None where there
     are so many that float64 throughout is cheaper."""
-    s = distances(a, b, centre, torch.float32)
-    slack = 2.0 ** -15 * max((t - centre).square().sum(1).max().item() for t in (a, b))
-    near = s < reach + slack  # slack: far more than the rounding of the products
+    s = distances(a, b, norm_a, norm_b, centre, torch.float32)
+    slack = 2.0 ** -16 * (norm_a.max() + norm_b.max())  # far more than the rounding of s
+    near = s < reach + slack
     if diagonal:
         near.fill_diagonal_(False)
     rows, columns = near.nonzero(as_tuple=True)
@@ -133,35 +128,41 @@ def kernel_sums(t, groups, scales, *, raw=False, tile=1024):
     t: (N, D); groups: (N, G) memberships; scales: the values of u. One pass over the tiles of
     the upper triangle serves every scale and group; nothing of size N^2 is held. s_ii is 0.
     Tiles are in float64 (on CPUs with many dimensions in float32, with float64 wherever a
-    kernel is not negligible); sums are in float64. raw: all in float32 and as computed,
-    s_ii included, as the authors' code has it.
+    kernel is not negligible); sums are in float64. raw: all in float32, not centred and as
+    computed, s_ii included, as the authors' code has it.
     Returns sums (U, N, G), squared (N, G) sums of s_ij, nearest (N,) smallest s_ij, j != i.
     """
     n, d = t.shape
     groups, centre = groups.to(t.device, torch.float64), t.mean(0)
+    if raw:
+        centre = torch.zeros_like(centre)
+    kind = torch.float32 if raw else torch.float64
+    norms = torch.cat([(rows.to(kind) - centre.to(kind)).square().sum(1)
+                       for rows in t.split(max(1, 2 ** 21 // d))])
     sums = groups.new_zeros(len(scales), *groups.shape)
     squared, nearest = torch.zeros_like(groups), groups.new_full((n,), math.inf)
-    reach = NEGLIGIBLE * max(scales)
     exact = d <= 256 or t.is_cuda or t.dtype == torch.float64
     for i in range(0, n, tile):
         for j in range(i, n, tile):
             a, b, same = slice(i, i + tile), slice(j, j + tile), i == j
-            s = None
+            pair, s = (t[a], t[b], norms[a], norms[b], centre), None
             if raw:
-                s = distances(t[a], t[b], centre, torch.float32, d, raw=True).double()
+                s = distances(*pair, torch.float32, d).double()
             elif not exact:
-                s = refined(t[a], t[b], centre, reach, same)
+                s = refined(*pair, NEGLIGIBLE * max(scales), same)
                 exact = s is None
             if s is None:
-                s = distances(t[a], t[b], centre, torch.float64)
+                s = distances(*pair, torch.float64)
+            if not raw:
+                s.clamp_(min=0)
             if same:
-                own = s.diagonal().clone() if raw else 0
+                own = s.diagonal().clone() if raw else torch.zeros_like(s.diagonal())
                 s.fill_diagonal_(math.inf)
             closest = s.amin(1)
             nearest[a] = torch.minimum(nearest[a], closest)
             nearest[b] = torch.minimum(nearest[b], s.amin(0))
             if same:
-                s.diagonal().copy_(torch.as_tensor(own))
+                s.diagonal().copy_(own)
             squared[a] += s @ groups[b]
             if not same:
                 squared[b] += s.T @ groups[a]

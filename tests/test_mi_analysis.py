@@ -149,7 +149,7 @@ def test_6_lower_referee_upper_ceiling(d, std):
     assert found['lower'] - found['upper_given'] - error <= label
     assert label <= found['upper'] - found['lower_given'] + error
     if d == 10:
-        assert (found['lower'], x, found['upper']) == pytest.approx((4.25, 5.64, 7.39), abs=0.1)
+        assert (found['lower'], x, found['upper']) == pytest.approx((4.25, 5.64, 7.39), abs=0.15)
 
 
 # ---------------------------------------------------------------- (7) to (9): invariances, limits
@@ -238,7 +238,7 @@ def test_13_tiles_equal_the_direct_way(n, d, std, dtype):
     sums = mi.kernel_sums(t, F.one_hot(y), (0.2, 0.8), tile=128)
     whole = mi.kernel_sums(t, F.one_hot(y), (0.2, 0.8), tile=4096)
     s = torch.cdist(t.double(), t.double(), compute_mode='donot_use_mm_for_euclid_dist') ** 2
-    assert torch.allclose(sums[0], whole[0], rtol=1e-9) 
+    assert torch.allclose(sums[0], whole[0], rtol=1e-9)
     assert torch.allclose(sums[2], whole[2], rtol=1e-3)
     assert torch.allclose(sums[1], s @ F.one_hot(y).double(), rtol=1e-4)
     assert torch.allclose(sums[2], s.fill_diagonal_(math.inf).amin(1), rtol=1e-3)
