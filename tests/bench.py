@@ -14,9 +14,20 @@ bench.json. The references:
 
 `train cifs` is the training step of cifs.py's masked network, in the precision of the last
 `train` row before it.
+
+`mi` estimates I(T;X) and I(T;Y), both bounds each, of N outputs of D units that lie far apart, as
+in the layers of real networks (`mi`), and of outputs so near that every pair counts (`mi-near`):
+
+    plain     a whole distance matrix for each bound and each class, float32: the usual code
+    library   the same in float64
+    ours      mi_analysis.kde_terms; `geometry`: with the distance of the nearest neighbour, for
+              which all dimensions of all pairs are needed
+
+The peak memory of these rows is that beyond the outputs themselves.
 """
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -29,6 +40,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cifs  # noqa: E402
 import common  # noqa: E402
+import mi_analysis  # noqa: E402
 
 EPS, STEP = 8 / 255, 2 / 255
 
@@ -58,6 +70,42 @@ class Unfolded(torch.nn.Module):
 
     def forward(self, x):
         return self.model(x)
+
+
+def plain_information(t, y):
+    """The bounds of I(T;X) and I(T;Y) in bits, as their formulas stand."""
+    def terms(rows, c):
+        norm = rows.square().sum(1)
+        s = norm[:, None] + norm - 2 * rows @ rows.T
+        return -torch.logsumexp(-s / (c * mi_analysis.VARIANCE), 1) + math.log(len(rows))
+
+    out = []
+    for c in (2, 8):
+        whole = terms(t, c).mean().item()
+        given = sum((y == k).double().mean().item() * terms(t[y == k], c).mean().item()
+                    for k in y.unique())
+        out += [whole / math.log(2), (whole - given) / math.log(2)]
+    return out
+
+
+def information(what, variant, n, d, device):
+    """A function that estimates the information once and returns its four values."""
+    y = torch.arange(n, device=device) % 10
+    generator = torch.Generator(device).manual_seed(0)
+    t = torch.randn(n, d, generator=generator, device=device)
+    for k in range(10):  # class means; in place, for the memory that is measured
+        t[k::10].add_(torch.randn(d, generator=generator, device=device))
+    t.relu_()
+    if what == 'mi-near':
+        t.mul_(0.3 / d ** 0.5)
+    if variant in ('plain', 'library'):
+        return lambda: plain_information(t.double() if variant == 'library' else t, y)
+
+    def ours():
+        k = mi_analysis.kde_terms(t, y[None], 10, whole=variant == 'geometry')
+        return [v.mean().item() for bound in ('upper', 'lower')
+                for v in (k[bound], k[bound] - k[bound + '_given'][:, 0])]
+    return ours
 
 
 def job(name, arch, batch, steps, device):
@@ -114,25 +162,35 @@ def job(name, arch, batch, steps, device):
 def worker(options):
     """One row: time the job on demand, one line of JSON per line read."""
     device = common.pick_device('auto')
-    once = job(options.worker, options.arch, options.batch, options.steps, device)
-    small = job(options.worker, options.arch, min(options.batch, 8), 1, device)
-    small()  # warm up without the cost of a whole run
+    def peak():
+        return torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == 'cuda' else \
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    before, what = 0, options.worker.split()[0]
+    if what.startswith('mi'):
+        information(*options.worker.split(), 200, 64, device)()  # warm up
+        once = information(*options.worker.split(), options.samples, options.units, device)
+        before = peak()
+    else:
+        once = job(options.worker, options.arch, options.batch, options.steps, device)
+        job(options.worker, options.arch, min(options.batch, 8), 1, device)()
     for _ in sys.stdin:
         start = time.perf_counter()
-        once()
+        found = once()
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        memory = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == 'cuda' else \
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps((seconds, memory)), flush=True)
+        print(json.dumps((seconds, peak() - before, found)), flush=True)
 
 
 def measure(names, options):
-    """{name: (median seconds, peak MiB)}, the variants taking turns."""
+    """{name: (median seconds, peak MiB, what the job returned)}, the variants taking turns."""
     workers = {}
     for name in names:
         workers[name] = subprocess.Popen(
             [sys.executable, __file__, '--worker', name, '--arch', options.arch, '--batch',
-             str(options.batch), '--steps', str(options.steps)],
+             str(options.batch), '--steps', str(options.steps), '--samples',
+             str(options.samples), '--units', str(options.units)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     results = {name: [] for name in names}
     for _ in range(options.repeats):
@@ -143,7 +201,8 @@ def measure(names, options):
     for process in workers.values():
         process.stdin.close()
         process.wait()
-    return {name: (sorted(r[0] for r in rows)[len(rows) // 2], max(r[1] for r in rows))
+    return {name: (sorted(r[0] for r in rows)[len(rows) // 2], max(r[1] for r in rows),
+                   rows[0][2])
             for name, rows in results.items()}
 
 
@@ -154,37 +213,45 @@ def main():
     parser.add_argument('--batch', type=int, default=128)
     parser.add_argument('--steps', type=int, default=10)
     parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--samples', type=int, default=5000, help='N of mi')
+    parser.add_argument('--units', type=int, default=16384, help='D of mi')
+    parser.add_argument('--only', nargs='+', help='of pgd train shapes mi mi-near')
     parser.add_argument('--quick', action='store_true')
     parser.add_argument('--out', default='bench.json')
     parser.add_argument('--worker', help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.batch, options.steps = 16, 2
+        options.batch, options.steps, options.samples, options.units = 16, 2, 1000, 4096
     if options.worker:
         return worker(options)
     device = common.pick_device('auto')
     low = {torch.bfloat16: 'bf16', torch.float16: 'fp16'}.get(common.pick_precision(device))
     ours = ['fp32'] + ([low] if low else [])
     table, rows = {}, []
-    for what, references in (('pgd', ['plain', 'library']), ('train', ['plain', 'library']),
-                             ('shapes', [])):
-        variants = [f'{what} {v}' for v in references + (ours if references else ['fp32'])]
-        variants += ['train cifs'] * (what == 'train')
-        table |= measure(variants, options)
-    images = {'pgd': options.batch, 'train': options.batch, 'shapes': 8 * options.batch}
+    both = ['plain', 'library']
+    for what, variants in (('pgd', both + ours), ('train', both + ours + ['cifs']),
+                           ('shapes', ['fp32']), ('mi', both + ['ours', 'geometry']),
+                           ('mi-near', both + ['ours'])):
+        if not options.only or what in options.only:
+            table |= measure([f'{what} {v}' for v in variants], options)
+    images = {'pgd': options.batch, 'train': options.batch, 'shapes': 8 * options.batch,
+              'mi': options.samples, 'mi-near': options.samples}
     print(f'\n{options.arch}, batch {options.batch}, {options.steps} steps, {device.type}, '
           f'{torch.get_num_threads()} threads, torch {torch.__version__}, '
           f'median of {options.repeats}')
     print(f"{'job':<16}{'seconds':>9}{'images/s':>10}{'MiB':>8}{'x plain':>9}{'x library':>11}")
-    for name, (seconds, memory) in table.items():
+    for name, (seconds, memory, found) in table.items():
         what = name.split()[0]
         gains = [table[f'{what} {r}'][0] / seconds if f'{what} {r}' in table else float('nan')
                  for r in ('plain', 'library')]
-        rows.append(dict(job=name, seconds=seconds, memory_mib=memory,
+        exact = table.get(f'{what} library', (0, 0, None))[2]
+        error = max(abs(a - b) for a, b in zip(found, exact)) if found and exact else None
+        rows.append(dict(job=name, seconds=seconds, memory_mib=memory, error_bits=error,
                          images_per_second=images[what] / seconds, times_plain=gains[0],
                          times_library=gains[1]))
         print(f'{name:<16}{seconds:>9.3f}{images[what] / seconds:>10.1f}{memory:>8.0f}'
-              f'{gains[0]:>9.2f}{gains[1]:>11.2f}')
+              f'{gains[0]:>9.2f}{gains[1]:>11.2f}'
+              + (f'   differs from float64 by {error:.1g} bits' if error is not None else ''))
     common.write_json(options.out, dict(options=vars(options), device=device.type,
                                         threads=torch.get_num_threads(),
                                         torch=torch.__version__, rows=rows))
