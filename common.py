@@ -1518,7 +1518,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     classes, shape, seed) -> model; extra: what else changes the weights, a JSON-able dict;
     val_loss: what the validation attack maximises, as in `pgd`; keep: epochs after which the
     weights are kept in a folder beside the checkpoint (0: the initial ones), for `restore`. A
-    finished model that lacks some of them is trained again.
+    finished model that lacks some of them is trained again, beside it.
     Each epoch is evaluated on the validation split; `best` is the epoch of highest robust
     (standard training: natural) validation accuracy. Every random draw of an epoch comes
     from (seed, epoch), so that a resumed training equals an uninterrupted one.
@@ -1531,17 +1531,22 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     path.parent.mkdir(parents=True, exist_ok=True)
     if args.fresh:
         path.unlink(missing_ok=True)
-    saved = read_checkpoint(path) if path.exists() else {}
-    if saved and not (isinstance(saved, dict) and saved.get('recipe') == recipe):
-        raise UserError(f'{path} holds another model than its name says; delete it')
     kept = {e: path.with_suffix('') / f'epoch{e:04d}.pt' for e in keep}
-    done = len(saved.get('history', ()))
-    if saved and not all(file.exists() for epoch, file in kept.items() if epoch <= done):
+
+    def lacks(saved):
+        done = len(saved.get('history', ()))
+        return not all(file.exists() for epoch, file in kept.items() if epoch <= done)
+
+    saved = _read_training(path, recipe)
+    if saved.get('finished') and lacks(saved):  # train again, but leave the model alone
         log.info('%s: training again, to keep the weights of its epochs', name)
-        saved = {}
-    if saved.get('finished'):
+        path = path.with_suffix('') / 'again.pt'
+        saved = _read_training(path, recipe)
+    if saved.get('finished') and not lacks(saved):
         log.info('%s: trained already (%s)', name, path)
         return warn_collapsed(saved | dict(kept=kept), name)
+    if lacks(saved):
+        saved = {}
 
     dtype = pick_precision(device, args.amp)
     loss_fn = loss_fn or METHODS[method]
@@ -1630,6 +1635,14 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
         write_weights(path, result)
     bar.close()
     return warn_collapsed(result | dict(kept=kept), name)
+
+
+def _read_training(path, recipe):
+    """What `train_model` saved at path; empty where there is nothing."""
+    saved = read_checkpoint(path) if path.exists() else {}
+    if saved and not (isinstance(saved, dict) and saved.get('recipe') == recipe):
+        raise UserError(f'{path} holds another model than its name says; delete it')
+    return saved
 
 
 def write_weights(path, obj):

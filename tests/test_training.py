@@ -84,6 +84,11 @@ def test_schedules():
     assert f('cosine', 0) == 1 and f('cosine', 0.5) == pytest.approx(0.5)
     assert f('onecycle', 0.25) == 1 and f('onecycle', 0.125) == pytest.approx(0.5)
     assert f('onecycle', 0.625) == pytest.approx(0.5) and f('onecycle', 0.999) < 0.01
+    assert [f('drops:0.1,0.3:0.5', p) for p in (0, 0.1, 0.29, 0.3)] == [1, 0.5, 0.5, 0.25]
+    assert [f('drops:0.6', p) for p in (0.5, 0.6)] == [1, 0.1] and f('constant', 0.9) == 1
+    for bad in ('linear', 'drops:', 'drops:a', 'drops:0.5:x'):
+        with pytest.raises(argparse.ArgumentTypeError, match='is not one of'):
+            common.schedule(bad)
     e = common.eps_factor
     assert e(0, 0) == 1 and [e(0.6, p) for p in (0, 0.2, 0.4, 0.6, 0.9)] == \
         pytest.approx([0, 0, 0.5, 1, 1])
@@ -146,6 +151,39 @@ def test_best_is_the_epoch_of_highest_robust_validation_accuracy_after_the_warm_
                                 CPU)
     assert result['best_epoch'] == 3  # not 1: eps had not grown yet
     assert not torch.equal(result['best']['fc.weight'], result['last']['fc.weight'])
+
+
+def test_kept_epochs_are_those_of_the_training_and_leave_a_finished_model_alone(tmp_path):
+    args = arguments(tmp_path)
+    data = common.load_data('shapes', train_size=96, test_size=20)
+    plain = common.train_model(args, data, 'pgd', 0, CPU)
+    [path] = (tmp_path / 'models').glob('*.pt')
+    stamp = path.stat().st_mtime_ns
+    kept = common.train_model(args, data, 'pgd', 0, CPU, keep=(0, 1, 2))
+    assert path.stat().st_mtime_ns == stamp
+    weights = [common.restore(kept, epoch, args, data, CPU).state_dict() for epoch in range(3)]
+    start = common.make_model(args.arch, 10, (3, 32, 32), 0).state_dict()
+    assert torch.equal(weights[0]['fc.weight'], start['fc.weight'])
+    assert not torch.equal(weights[1]['fc.weight'], weights[2]['fc.weight'])
+    for k, v in plain['last'].items():
+        assert torch.equal(v, weights[2][k])
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*.pt')}
+    assert len(stamps) == 5  # the model, three epochs, the second training
+    common.train_model(args, data, 'pgd', 0, CPU, keep=(0, 2))
+    assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*.pt')}
+
+    # a training from nothing keeps as it goes, and one that lost an epoch starts over
+    fresh = arguments(tmp_path / 'b')
+    kept = common.train_model(fresh, data, 'pgd', 0, CPU, keep=(1,))
+    assert torch.equal(common.restore(kept, 1, fresh, data, CPU).fc.weight,
+                       weights[1]['fc.weight'])
+    kept['kept'][1].write_bytes(b'not weights')
+    with pytest.raises(common.UserError, match='not a readable checkpoint'):
+        common.restore(kept, 1, fresh, data, CPU)
+    kept['kept'][1].unlink()
+    kept = common.train_model(fresh, data, 'pgd', 0, CPU, keep=(1,))
+    assert torch.equal(common.restore(kept, 1, fresh, data, CPU).fc.weight,
+                       weights[1]['fc.weight'])
 
 
 def test_a_collapsed_model_is_recognised(tmp_path, caplog):
