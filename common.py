@@ -1518,7 +1518,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     classes, shape, seed) -> model; extra: what else changes the weights, a JSON-able dict;
     val_loss: what the validation attack maximises, as in `pgd`; keep: epochs after which the
     weights are kept in a folder beside the checkpoint (0: the initial ones), for `restore`. A
-    finished model that lacks some of them is trained again, beside it.
+    training that lacks some of them is done again, in that folder.
     Each epoch is evaluated on the validation split; `best` is the epoch of highest robust
     (standard training: natural) validation accuracy. Every random draw of an epoch comes
     from (seed, epoch), so that a resumed training equals an uninterrupted one.
@@ -1529,24 +1529,26 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     recipe = model_recipe(args, method, seed, extra)
     path = model_path(args.out, recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.with_suffix('')  # of kept epochs
+    beside = folder / 'training.pt'
     if args.fresh:
         path.unlink(missing_ok=True)
-    kept = {e: path.with_suffix('') / f'epoch{e:04d}.pt' for e in keep}
+        shutil.rmtree(folder, ignore_errors=True)
+    kept = {e: folder / f'epoch{e:04d}.pt' for e in keep}
 
     def lacks(saved):
         done = len(saved.get('history', ()))
         return not all(file.exists() for epoch, file in kept.items() if epoch <= done)
 
     saved = _read_training(path, recipe)
-    if saved.get('finished') and lacks(saved):  # train again, but leave the model alone
-        log.info('%s: training again, to keep the weights of its epochs', name)
-        path = path.with_suffix('') / 'again.pt'
-        saved = _read_training(path, recipe)
-    if saved.get('finished') and not lacks(saved):
+    if keep and saved and (lacks(saved) or beside.exists()):  # and leave what there is alone
+        path, saved = beside, _read_training(beside, recipe)
+        if lacks(saved) or not saved:
+            log.info('%s: training again, to keep the weights of its epochs', name)
+            saved = {}
+    if saved.get('finished'):
         log.info('%s: trained already (%s)', name, path)
         return warn_collapsed(saved | dict(kept=kept), name)
-    if lacks(saved):
-        saved = {}
 
     dtype = pick_precision(device, args.amp)
     loss_fn = loss_fn or METHODS[method]
