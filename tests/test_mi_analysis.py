@@ -197,14 +197,15 @@ def test_9_small_and_large_noise():
                                                     (2500, 2, 10000, 12.04),
                                                     (750, 6, 8000, 11.70)))
 def test_10_overlapping_samples_lower_the_ceiling(size, repeats, pool, bits):
-    args = type('Args', (), dict(as_published=True, dataset='x', arch='lenet5'))
+    dataset = {500: 'cifar10', 2500: 'mnist', 750: 'stl10'}[size]
+    args = type('Args', (), dict(as_published=True, dataset=dataset, arch='lenet5'))
     data = type('Data', (), dict(classes=range(10), test=(None, torch.zeros(pool))))
     setting = mi.Setting(args, data)
-    setting.batch, setting.repeats = size, repeats
     samples = [setting.sample('test', i) for i in range(5)]
-    assert {len(index) for index in samples} == {size * repeats}
+    assert {len(index) for index in samples} == {size * repeats} == {setting.n}
     entropies = [mi.entropy(np.unique(i, return_counts=True)[1]) for i in samples]
     assert np.mean(entropies) == pytest.approx(bits, abs=0.02)
+    assert not torch.equal(samples[0], samples[1])
 
 
 def test_11_entropies_of_separated_outputs():
@@ -222,7 +223,7 @@ def test_12_float32_with_an_offset_is_exact_and_the_raw_diagonal_is_not():
     base = torch.randn(150, 16384, generator=generator)
     near = base + 0.004 * torch.randn(base.shape, generator=generator)
     t, y = torch.cat((base, near)) + 3, torch.arange(300) % 10
-    exact, fast, raw = kde(t.double(), y), kde(t, y), kde(t, y, raw=True)
+    exact, fast, raw = direct(t, y), kde(t, y), kde(t, y, raw=True)
     assert 5.0 < exact['lower'] < math.log(300) - 0.1  # the pairs of neighbours show
     for name in exact:
         assert fast[name] == pytest.approx(exact[name], abs=1e-6)
@@ -391,6 +392,8 @@ def test_measured_epochs():
     assert chosen == sorted(set(chosen))
     ratios = np.diff(np.log(chosen[8:]))
     assert ratios.max() < 2 * ratios.min()
+    assert mi.measured_epochs(9, 1, False) == mi.measured_epochs(9, 2, False) == [0, 9]
+    assert mi.measured_epochs(1, 2, False) == [0, 1]
 
 
 def test_replicates_average_images():
@@ -459,6 +462,274 @@ def test_rank_correlation():
     assert mi.rank_correlation([1, 2, 3], [2, 4, 9]) == pytest.approx(1)
     assert mi.rank_correlation([1, 2, 3], [9, 4, 2]) == pytest.approx(-1)
     assert math.isnan(mi.rank_correlation([1, 1, 1], [9, 4, 2]))
+
+
+# ---------------------------------------------------------------------------- the measurements
+
+def test_influences_are_derivatives_of_the_mean():
+    """What an image contributes is what the estimate gains when it weighs a little more."""
+    t, y = points(40, 3, std=0.4), torch.arange(40) % 2
+    found = mi.kde_terms(t, y[None], 2, (0.1,), geometry=True)
+    s = torch.cdist(t, t).square()
+    same = y[:, None] == y
+
+    def estimates(weights, c):
+        p = weights / weights.sum()
+        off = torch.exp(-s / (c * 0.1)).fill_diagonal_(0)
+        kernel = off * p + torch.eye(40) / 40  # its own term does not grow with its weight
+        q = (p * same).sum(1)
+        inside = off * same * p / q[:, None] + torch.eye(40) / 20
+        return -(p * kernel.sum(1).log2()).sum(), -(p * inside.sum(1).log2()).sum()
+
+    def centred(v):  # within each class: a class as a whole may count for more
+        return torch.stack([v[y == k] - v[y == k].mean() for k in (0, 1)])
+
+    for name, c in (('upper', 2), ('lower', 8)):
+        weights = torch.ones(40, dtype=torch.float64, requires_grad=True)
+        whole, given = estimates(weights, c)
+        assert whole.item() == pytest.approx(found[name].mean().item())
+        assert given.item() == pytest.approx(found[name + '_given'].mean().item())
+        for mean, key in ((whole, f'influence_{name}'), (given, f'influence_{name}_given')):
+            gradient, = torch.autograd.grad(mean, weights, retain_graph=True)
+            influence = found[key].flatten()
+            assert torch.allclose(40 * centred(gradient), centred(influence), atol=1e-9)
+
+
+def test_nothing_is_said_twice_about_certified_outputs():
+    t, y = 100 * torch.arange(40.0)[:, None].expand(-1, 3), torch.arange(40) % 4
+    found = mi.layer_information(t, y.expand(4, -1), 4, mi.replicate_weights(40))
+    assert found['log_nearest'] is None
+    assert found['values'][:, 1:].std(1).max() < 1e-9
+
+
+def test_all_zero_and_tiny_outputs():
+    y = torch.arange(40) % 4
+    zero = mi.layer_information(torch.zeros(40, 3), y.expand(4, -1), 4,
+                                mi.replicate_weights(40), unit=True)
+    assert torch.isfinite(zero['unit']).all() and zero['unit'].abs().max() < 1e-9
+    t = points(40, 3)
+    plain, tiny = (mi.layer_information(k * t, y.expand(4, -1), 4, mi.replicate_weights(40),
+                                        unit=True)['unit'] for k in (1, 1e-7))
+    assert torch.allclose(plain, tiny, atol=1e-6)
+
+
+def test_distortions_come_after_the_attack_on_the_plain_image(tiny_setting):
+    model = common.make_model('small-cnn', 10, (3, 32, 32), 0)
+    levels = {'saturation': (2, 64), 'patches': (0, 4)}
+    found = mi.measure_distortions(tiny_setting, model, levels, 'pgd', 0)
+    x, y = tiny_setting.images(tiny_setting.sample())
+    x_adv = tiny_setting.attack(model, x, y)
+    for kind, images in (('clean', x), ('adv', x_adv)):
+        for name, level in (('saturation', 2), ('saturation', 64), ('patches', 0),
+                            ('patches', 4)):
+            with common.frozen(model), torch.no_grad():
+                logits = model(mi.distort(images, name, level))
+            loss = common.unpack(found[name][level][kind]['loss'])[0]
+            assert loss == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-4)
+            assert (common.unpack(found[name][level][kind]['predicted'])
+                    == logits.argmax(1).numpy()).all()
+
+
+def test_a_measurement_is_that_of_its_layers(tiny_setting):
+    model = common.make_model('small-cnn', 10, (3, 32, 32), 0)
+    index = tiny_setting.sample()
+    x, y = tiny_setting.images(index)
+    found = tiny_setting.measure(model, x, y, index)
+    values = common.unpack(found['values'])
+    with common.frozen(model), torch.no_grad():
+        logits = model(x)
+    expected = direct(logits, y)
+    for name, key in (('x_upper', 'upper'), ('x_lower', 'lower'), ('y_upper', 'upper_y'),
+                      ('y_lower', 'lower_y')):
+        assert values[-1, mi.QUANTITIES.index(name), 0] == pytest.approx(
+            expected[key] / LN2, abs=1e-5)
+    assert found['rms'] == pytest.approx(logits.square().mean().sqrt().item(), rel=1e-5)
+    unit = direct(logits / found['rms'], y)
+    assert common.unpack(found['unit'])[:2, 0] == pytest.approx(
+        (unit['lower'] / LN2, unit['lower_y'] / LN2), abs=1e-5)
+    for k in range(10):  # each class its own entropy
+        own = direct(logits[y == k], y[y == k])['lower'] / LN2 + mi.noise_entropy(10)
+        assert found['layers'][-1]['entropy'][1 + k] == pytest.approx(own, abs=1e-4)
+    assert found['ceiling'] == pytest.approx(math.log2(40))
+
+
+def test_training_measures_are_natural_first_and_attacked_second(tiny_setting):
+    model = common.make_model('small-cnn', 10, (3, 32, 32), 0)
+    (natural, attacked) = common.unpack(mi.training_measures(tiny_setting, model))[:, 0, 0]
+    x, y = common.to_float(tiny_setting.data.train[0]), tiny_setting.data.train[1]
+    with common.frozen(model), torch.no_grad():
+        assert natural == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-4)
+    assert attacked > natural
+
+
+# --------------------------------------------------------------------------------- the verdicts
+
+def synthetic(**changes):
+    """results of two networks of which every one of the paper's claims is true.
+
+    Two layers: the first saturated, the second moving; 200 images, ten classes.
+    """
+    rng, epochs, n = np.random.default_rng(0), [0, 1, 2, 3, 4], 200
+    c = dict(nt_x=5.0, at_x=3.0, nt_y=3.0, at_y=2.0, at_adv_y=1.0, null=0.1, nt_adv=0.02,
+             at_acc=0.7, nt_train=0.95, keep_patch=0.8, keep_saturation=0.3, default=0.1,
+             at_saturation=0.9, nt_saturation=0.5, at_patches=0.4, nt_patches=0.8, unit=1.0,
+             adv_order=1, ceiling_gap=0.0, unit_null=0.1, nt_y_upper=3.2) | changes
+
+    def spread(value, width=0.01):
+        return np.concatenate(([value], value + width * rng.normal(size=mi.REPLICATES)))
+
+    def pack(rows):
+        return common.pack(np.array(rows, np.float32))
+
+    def measurement(method, kind, grown=1.0, level=1.0, predicted=None):
+        x = (c['nt_x'] if method == 'standard' else c['at_x']) * grown
+        y = (c['nt_y'] if method == 'standard' else
+             c['at_y'] if kind == 'clean' else c['at_adv_y']) * grown * level
+        upper = c['nt_y_upper'] * grown if method == 'standard' else y
+        top, h = math.log2(n), math.log2(10)
+        first = [top, top - c['ceiling_gap'], top, h, h, h]
+        second = [x + 1, x, x + 1, upper, y, y]
+        accuracy = {'standard': {'clean': 0.95, 'adv': c['nt_adv']},
+                    'pgd': {'clean': c['at_acc'], 'adv': 0.5}}[method][kind] * level
+        null = [c['null']] * 3
+        return dict(values=pack([[spread(v, 0.001) for v in layer] for layer in (first, second)]),
+                    unit=pack([spread(x * c['unit']), spread(y), spread(c['unit_null'] * level)]),
+                    accuracy=pack(spread(accuracy, 0.002)), loss=pack(spread(1.0)),
+                    predicted=common.pack(np.asarray(predicted if predicted is not None else
+                                                     np.zeros(n), np.int16)),
+                    label=common.pack((np.arange(n) % 10).astype(np.int16)), ceiling=top,
+                    label_entropy=h, rms=1.0, layers=[
+                        dict(null=[h] * 3, dimensions=999, entropy=[9.0] * 11, log_nearest=None,
+                             ratio=1.0, certified=True, bracket=[h, h]),
+                        dict(null=null, dimensions=10, entropy=[5.0] * 11, log_nearest=x,
+                             ratio=1 + y, certified=False, bracket=[0.0, h])])
+
+    results = dict(config=dict(seeds=[0], dataset='cifar10', arch='wrn-10-1', variance=0.1,
+                               as_published=False), epochs=epochs, samples=n,
+                   classes=list('abcdefghij'), layers=['conv1', 'fc'],
+                   levels=dict(saturation=[2, 64], patches=[0, 4]))
+    label = np.arange(n) % 10
+    wrong = (label + 1) % 10
+    for method in mi.METHODS:
+        name = f'{method}-s0'
+        for e in epochs:
+            grown = (e + 1) / 5
+            results[f'plane-{name}-e{e}'] = {
+                'clean': measurement(method, 'clean', grown),
+                'adv': measurement(method, 'adv', grown if c['adv_order'] > 0 else 1.2 - grown)}
+        distortion = {}
+        for kind_of, levels in results['levels'].items():
+            share = c[('nt_' if method == 'standard' else 'at_') + kind_of]
+            kept = c['keep_patch'] if kind_of == 'patches' else c['keep_saturation']
+            distortion[kind_of] = {}
+            for i, level in enumerate(levels):
+                adv = np.where(np.arange(n) < (kept if i else 1) * n, wrong, (label + 2) % 10)
+                clean = np.where(np.arange(n) < c['default'] * n, wrong, label) if i else label
+                distortion[kind_of][str(level)] = {
+                    'clean': measurement(method, 'clean', 1, share if i else 1, clean),
+                    'adv': measurement(method, 'adv', 1, share if i else 1, adv)}
+        results[f'distortion-{name}'] = distortion
+        natural, attacked = (c['nt_train'], 0.01) if method == 'standard' else (0.8, 0.4)
+        results[f'train-{name}'] = pack([[spread(1 - natural), spread(natural, 0.002)],
+                                         [spread(1.5 - attacked), spread(attacked, 0.002)]])
+        x = c['nt_x'] if method == 'standard' else c['at_x']
+        results[f'scale-{name}'] = dict(
+            curves=np.zeros((2, 2, 2, len(mi.CURVE))).tolist(), rms=1.0, spread=1.0,
+            logits=pack([spread(x) for _ in mi.CURVE]), relative=pack(spread(x)),
+            bounds=[1.0, 2.0], referee=[1.5, 1.0], referee_error=[0.01, 0.01], cells=0.0)
+        results[f'collapsed-{name}'] = False
+        results[f'history-{name}'] = []
+    return json.loads(json.dumps(results, default=lambda v: v.tolist()))
+
+
+@pytest.fixture
+def few_replicates(monkeypatch):
+    monkeypatch.setattr(mi, 'REPLICATES', 30)
+    monkeypatch.setattr(common, 'bootstrap', partial(common.bootstrap, draws=50))
+
+
+def verdicts(tmp_path, **changes):
+    """{start of the claim: verdict}; paper's and control's rows apart."""
+    rows = mi.judge(synthetic(**changes), tmp_path)
+    return [(row['claim'], row['source'], row['verdict']) for row in rows]
+
+
+def verdict(rows, start, control=False):
+    found = [v for text, source, v in rows
+             if text.startswith(start) and (source == 'control') == control]
+    assert found, start
+    return found
+
+
+def test_results_of_which_every_claim_is_true_support_every_claim(tmp_path, few_replicates):
+    rows = verdicts(tmp_path)
+    for text, source, found in rows:
+        if text.startswith('V8'):  # the first layer is saturated
+            assert found == 'contradicted'
+        elif 'V1 Control' in text:  # the two series were made alike
+            assert found == 'contradicted'
+        elif 'V2c The same with logits' in text or 'V5' in text and 'unit RMS' in text:
+            pass  # below, and not 90 % of H(Y)
+        elif not text.startswith('V6 I(T'):
+            assert found == 'supported', (text, source, found)
+
+
+@pytest.mark.parametrize('changes,claim,control,expected', (
+    (dict(adv_order=-1), 'V1 Through training', False, 'contradicted'),
+    (dict(nt_x=2.0), 'V2b', False, 'contradicted'),
+    (dict(nt_x=7.62), 'V2b', False, 'uninformative'),
+    (dict(nt_x=3.0), 'V2b', False, 'inconclusive'),
+    (dict(nt_x=2.0), 'V2c The same with logits', True, 'contradicted'),
+    (dict(nt_x=2.0), 'V2c The same, at every', True, 'contradicted'),
+    (dict(at_y=3.2, at_adv_y=3.3), 'V2d', False, 'contradicted'),
+    (dict(at_y=3.2, at_adv_y=3.3), 'V2d', True, 'contradicted'),
+    (dict(null=2.98), 'V2d AT', False, 'uninformative'),
+    (dict(null=2.98), 'V3c', False, 'uninformative'),
+    (dict(at_acc=0.99), 'V2a AT is harder: accuracy on natural', False, 'contradicted'),
+    (dict(nt_train=0.2), 'V2a AT is harder: accuracy on training', False, 'contradicted'),
+    (dict(at_acc=0.1), 'V2b', False, 'uninformative'),
+    (dict(at_saturation=0.3), 'V3a', False, 'contradicted'),
+    (dict(at_saturation=0.3), 'V3c', False, 'contradicted'),
+    (dict(nt_patches=0.2), 'V3b', False, 'contradicted'),
+    (dict(nt_patches=0.2), 'V3d', False, 'contradicted'),
+    (dict(keep_patch=0.1), 'V4', False, 'contradicted'),
+    (dict(nt_adv=0.3), 'V5', False, 'uninformative'),
+    (dict(null=3.1), 'V5', False, 'uninformative'),
+    (dict(nt_y_upper=2.0), 'V5', False, 'contradicted'),
+    (dict(ceiling_gap=0.2), 'V7', True, 'contradicted')))
+def test_a_claim_that_is_false_is_not_supported(changes, claim, control, expected, few_replicates,
+                                                tmp_path):
+    for found in verdict(verdicts(tmp_path, **changes), claim, control):
+        assert found.split(':')[0] == expected
+
+
+def test_a_default_class_of_shuffled_images_is_not_texture(tmp_path, few_replicates):
+    results = synthetic(keep_patch=0.8)
+    for level, share in (('4', 0.95), ('0', 0)):  # unattacked images go there more often still
+        measured = results['distortion-standard-s0']['patches'][level]['clean']
+        label = common.unpack(measured['label'])
+        taken = np.where(np.arange(200) < share * 200, (label + 1) % 10, label)
+        measured['predicted'] = json.loads(json.dumps(common.pack(taken.astype(np.int16))))
+    rows = [(r['claim'], r['source'], r['verdict']) for r in mi.judge(results, tmp_path)]
+    assert verdict(rows, 'V4') == ['supported']
+    assert verdict(rows, 'V4', True) == ['contradicted']
+
+
+def test_a_collapsed_network_and_undefined_numbers_are_uninformative(tmp_path, few_replicates):
+    results = synthetic()
+    results['collapsed-pgd-s0'] = True
+    rows = [(r['claim'], r['source'], r['verdict']) for r in mi.judge(results, tmp_path)]
+    assert verdict(rows, 'V2b') == ['uninformative: AT collapsed to one class']
+    assert verdict(rows, 'V4') == ['supported']  # about NT alone
+    rows = verdicts(tmp_path, nt_y=0.0, nt_y_upper=0.0)  # nothing to divide by
+    assert verdict(rows, 'V3d')[0].startswith('uninformative')
+
+
+def test_the_referee_is_heard(tmp_path, few_replicates):
+    results = synthetic()
+    results['scale-pgd-s0']['referee'][0] = 2.2
+    rows = [(r['claim'], r['source'], r['verdict']) for r in mi.judge(results, tmp_path)]
+    assert verdict(rows, 'The Monte-Carlo', True) == ['contradicted']
 
 
 # ------------------------------------------------------------------------------------- end to end
