@@ -15,13 +15,14 @@ bench.json. The references:
 `train cifs` is the training step of cifs.py's masked network, in the precision of the last
 `train` row before it.
 
-`mi` estimates I(T;X) and I(T;Y), both bounds each, of N outputs of D units that lie far apart, as
-in the layers of real networks (`mi`), and of outputs so near that every pair counts (`mi-near`):
+`mi` estimates I(T;X) and I(T;Y), both bounds and binning, of N outputs of D units that lie far
+apart, as in the layers of real networks, and `mi-near` of outputs so near that every pair counts:
 
-    plain     a whole distance matrix for each bound and each class, float32: the usual code
+    plain     a whole distance matrix for each bound and each class, float32, and a sort of the
+              rows of cells: the usual code
     library   the same in float64
-    ours      mi_analysis.kde_terms; `geometry`: with the distance of the nearest neighbour, for
-              which all dimensions of all pairs are needed
+    ours      mi_analysis.layer_information, which adds permuted labels, the bracket, bootstrap
+              replicates and geometry
 
 The peak memory of these rows is that beyond the outputs themselves.
 """
@@ -34,6 +35,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -73,23 +75,28 @@ class Unfolded(torch.nn.Module):
 
 
 def plain_information(t, y):
-    """The bounds of I(T;X) and I(T;Y) in bits, as their formulas stand."""
-    def terms(rows, c):
+    """[I(T;X) upper, lower, binned, I(T;Y) the same] in bits, as their formulas stand."""
+    def bound(rows, c):
         norm = rows.square().sum(1)
         s = norm[:, None] + norm - 2 * rows @ rows.T
-        return -torch.logsumexp(-s / (c * mi_analysis.VARIANCE), 1) + math.log(len(rows))
+        return (math.log(len(rows)) - torch.logsumexp(-s / (c * mi_analysis.VARIANCE), 1)
+                .mean().item()) / math.log(2)
 
-    out = []
-    for c in (2, 8):
-        whole = terms(t, c).mean().item()
-        given = sum((y == k).double().mean().item() * terms(t[y == k], c).mean().item()
-                    for k in y.unique())
-        out += [whole / math.log(2), (whole - given) / math.log(2)]
-    return out
+    def cells(rows):
+        bins = np.ascontiguousarray((rows / mi_analysis.BIN_WIDTH).floor().int().cpu().numpy())
+        return mi_analysis.entropy(np.unique(bins.view(f'V{4 * bins.shape[1]}'),
+                                             return_counts=True)[1])
+
+    x, given = [], []
+    for estimate in (lambda r: bound(r, 2), lambda r: bound(r, 8), cells):
+        x.append(estimate(t))
+        given.append(sum((y == k).double().mean().item() * estimate(t[y == k])
+                         for k in y.unique()))
+    return x + [a - b for a, b in zip(x, given)]
 
 
 def information(what, variant, n, d, device):
-    """A function that estimates the information once and returns its four values."""
+    """A function that estimates the information once and returns its six values."""
     y = torch.arange(n, device=device) % 10
     generator = torch.Generator(device).manual_seed(0)
     t = torch.randn(n, d, generator=generator, device=device)
@@ -98,14 +105,12 @@ def information(what, variant, n, d, device):
     t.relu_()
     if what == 'mi-near':
         t.mul_(0.3 / d ** 0.5)
-    if variant in ('plain', 'library'):
+    if variant != 'ours':
         return lambda: plain_information(t.double() if variant == 'library' else t, y)
-
-    def ours():
-        k = mi_analysis.kde_terms(t, y[None], 10, whole=variant == 'geometry')
-        return [v.mean().item() for bound in ('upper', 'lower')
-                for v in (k[bound], k[bound] - k[bound + '_given'][:, 0])]
-    return ours
+    labels = torch.stack([y] + [y[torch.randperm(n, generator=generator, device=device)]
+                                for _ in range(mi_analysis.PERMUTATIONS)])
+    weights = mi_analysis.replicate_weights(n)
+    return lambda: mi_analysis.layer_information(t, labels, 10, weights)['values'][:, 0].tolist()
 
 
 def job(name, arch, batch, steps, device):
@@ -230,7 +235,7 @@ def main():
     table, rows = {}, []
     both = ['plain', 'library']
     for what, variants in (('pgd', both + ours), ('train', both + ours + ['cifs']),
-                           ('shapes', ['fp32']), ('mi', both + ['ours', 'geometry']),
+                           ('shapes', ['fp32']), ('mi', both + ['ours']),
                            ('mi-near', both + ['ours'])):
         if not options.only or what in options.only:
             table |= measure([f'{what} {v}' for v in variants], options)
