@@ -341,9 +341,9 @@ def layer_information(t, labels, classes, weights, raw=False, variance=VARIANCE,
     labels (3, 1 + REPLICATES).
     """
     labels, variances = labels.to(t.device), (variance,)
-    power = t.double().square().sum(1)
-    rms = max((power.mean() / t.shape[1]).sqrt().item(), 1e-9)
-    if unit:  # the last one for the slope
+    if unit:  # the last variance is for the slope
+        power = t.double().square().sum(1)
+        rms = max((power.mean() / t.shape[1]).sqrt().item(), 1e-9)
         variances += (variance * rms ** 2, 1.1 * variance * rms ** 2)
     kde = kde_terms(t, labels, classes, variances, raw, geometry=True)
     cells, cells_given = bin_terms(cell_keys(t, width), labels)
@@ -361,11 +361,11 @@ def layer_information(t, labels, classes, weights, raw=False, variance=VARIANCE,
         return term.mean().cpu() + torch.cat((torch.zeros(1, dtype=torch.float64), spread))
 
     upper, lower, y = terms('upper', 0), terms('lower', 0), labels[0]
-    moved = [terms(bound, 0, 'influence_') for bound in ('upper', 'lower')]
     binned = cells, cells - cells_given
-    values = [replicated(v[0], m[0]) for v, m in zip((upper, lower, binned), (*moved, binned))] \
-        + [replicated(v[1][0], m[1][0]) for v, m in zip((upper, lower, binned),
-                                                        (*moved, binned))]
+    pairs = ((upper, terms('upper', 0, 'influence_')), (lower, terms('lower', 0, 'influence_')),
+             (binned, binned))  # of a plug-in entropy the influences are the terms
+    values = [replicated(v[0], m[0]) for v, m in pairs] \
+        + [replicated(v[1][0], m[1][0]) for v, m in pairs]
     label_entropy, noise = entropy(y.bincount().tolist()), noise_entropy(t.shape[1], variance)
     bracket = [(kde[a][0] - kde[b + '_given'][0, 0]).mean().item()
                for a, b in (('lower', 'upper'), ('upper', 'lower'))]
