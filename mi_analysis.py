@@ -4,10 +4,11 @@ Question   How much do a layer's outputs T tell about the image X and the label 
            (NT) and an adversarially trained network (AT), on natural and adversarial images,
            through training and when texture or shape is destroyed? And which of these numbers
            say something about the network rather than about the estimator?
-Paper      Zhang, Qian, Nie, Cao, Xu 2022 (arXiv 2207.05756), with their estimators: pairwise
-           distance bounds (Kolchinsky & Tracey 2017; Saxe et al. 2018) and binning. Distortions
-           after Zhang & Zhu 2019 (arXiv 1905.09797). Ceilings, permuted labels, scale controls
-           and the Monte-Carlo referee (Goldfeld et al. 2019) are our additions.
+Paper      Zhang, Qian, Nie, Cao, Xu 2022, Exploring adversarial examples and adversarial
+           robustness of CNNs by mutual information (arXiv 2207.05756), with its estimators:
+           pairwise distance bounds (Kolchinsky & Tracey 2017; Saxe et al. 2018) and binning.
+           Distortions after Zhang & Zhu 2019 (arXiv 1905.09797). Ceilings, permuted labels,
+           scale controls and the Monte-Carlo referee (Goldfeld et al. 2019) are ours.
 Usage      python mi_analysis.py                                shapes, minutes on a laptop
            python mi_analysis.py --dataset cifar10 --seeds 0 1 2   WRN-10-1, one GPU
            python mi_analysis.py --dataset mnist --epochs 15       LeNet-5, a CPU
@@ -1143,7 +1144,7 @@ SLIDES = "authors' pre-publication run, 100 epochs, digitised from slides, +-0.0
 
 def judge(results, folder):
     """The claims table, from results.json alone."""
-    config, claims, last = results['config'], [], len(results['layers']) - 1
+    config, claims = results['config'], []
     broken = {m: 'collapsed to one class' for m in METHODS for s in config['seeds']
               if results[f'collapsed-{m}-s{s}']}
     for m in METHODS:
@@ -1170,67 +1171,13 @@ def judge(results, folder):
                             f'uninformative: {why}' if why else verdict,
                             f'{reference} ({SLIDES})' if reference and slides else '-'))
 
-    def full(*pairs, layer=last):
-        """Why a claim about I(T;X) of a layer is uninformative, or None."""
-        names = [f'{NAMES[m]} {KINDS[k]}' for m, k in pairs if saturated(results, m, k, layer)]
-        return f"within {MARGIN} bit of the ceiling: {', '.join(names)}" if names else None
-
-    def logits(method, kind, quantity):
-        return plane(results, method, kind)[:, -1, last, QUANTITIES.index(quantity)]
-
-    def null(method, kind):
-        return plane(results, method, kind, 'null')[:, -1, last, 1].mean()
-
     trend_claims(results, add)
     difficulty_claims(results, add)
-    nt, at = (logits(m, 'clean', 'x_lower') for m in METHODS)
-    blocked = full(*((m, 'clean') for m in METHODS))
-    add('V2b AT extracts less information from the image: logits, I(T;X) lower bound, natural '
-        'images, NT minus AT', PAPER, interval(np.subtract, nt, at), why=blocked,
-        reference='+1.75: 12.12 and 10.37',
-        detail=f'{nt[:, 0].mean():.2f} and {at[:, 0].mean():.2f}, ceiling '
-               f'{plane(results, "pgd", "clean", "ceiling")[0, -1]:.2f}')
-    scale = {m: [results[f'scale-{m}-s{s}'] for s in config['seeds']] for m in METHODS}
-    unit = {m: plane(results, m, 'clean', 'unit')[:, -1] for m in METHODS}
-    add('V2c The same with logits scaled to unit RMS (if not, V2b is one of scale)', 'control',
-        interval(np.subtract, *(unit[m][:, 0] for m in METHODS)))
-    relative = [np.array([common.unpack(r['relative']) for r in scale[m]], float)
-                for m in METHODS]
-    add('V2c The same with noise in proportion to the variance of the logits', 'control',
-        interval(np.subtract, *relative))
-    curve = [np.array([common.unpack(r['logits']) for r in scale[m]], float) for m in METHODS]
-    ceiling = min(plane(results, m, 'clean', 'ceiling')[0, -1] for m in METHODS)
-    open_ = [v for v in range(len(CURVE)) if all(c[:, v, 0].mean() < ceiling - MARGIN
-                                                 for c in curve)]
-    signs = {f'{CURVE[v]:.2g}': interval(np.subtract, *(c[:, v] for c in curve)) for v in open_}
-    above = [v for v, s in signs.items() if s[1] > 0]
-    below = [v for v, s in signs.items() if s[2] < 0]
-    claims.append(claim(
-        'V2c The same, at every variance of the noise from 0.0016 to 102 at which neither is at '
-        'the ceiling', 'control',
-        f"NT higher at {', '.join(above) or 'none'}; AT higher at {', '.join(below) or 'none'} "
-        f"of {', '.join(signs) or 'none'}",
-        'uninformative: collapsed or near chance' if broken else 'uninformative: all at the '
-        'ceiling' if not signs else 'contradicted' if below else 'supported'
-        if len(above) == len(signs) else 'inconclusive'))
-    pairs = (('standard', 'clean'), ('pgd', 'clean'), ('pgd', 'adv'))
-    for text, i, j, value in (
-            ('AT holds less label information: logits, I(T;Y) lower bound, natural images, NT '
-             'minus AT', 0, 1, '+0.71: 3.31 and 2.60'),
-            ('and on adversarial images still less: AT natural minus AT adversarial', 1, 2,
-             '+0.31: 2.60 and 2.29')):
-        add(f'V2d {text}', PAPER, interval(np.subtract, logits(*pairs[i], 'y_lower'),
-                                           logits(*pairs[j], 'y_lower')), reference=value,
-            why=unlabelled(results, pairs[i], pairs[j]), detail=' and '.join(
-                f'{logits(*p, "y_lower")[:, 0].mean():.2f} ({null(*p):.2f} with permuted labels)'
-                for p in (pairs[i], pairs[j])))
-        unit = [plane(results, m, k, 'unit')[:, -1] for m, k in (pairs[i], pairs[j])]
-        add(f'V2d The same, {EXCESS}', 'control', interval(
-            np.subtract, *(u[:, 1] - u[:, 2] for u in unit)))
+    extent_claims(results, claims, add, bool(broken))
     distortion_claims(results, add)
     fooled_claims(results, add)
     geometry_claims(results, claims, add)
-    saturation_claims(results, claims, scale)
+    saturation_claims(results, claims)
     common.write_claims(claims, folder)
     return claims
 
@@ -1307,6 +1254,61 @@ def difficulty_claims(results, add):
     accuracy = [plane(results, m, 'clean', 'accuracy')[:, -1] for m in METHODS]
     add('V2a AT is harder: accuracy on natural test images, NT minus AT', PAPER,
         interval(np.subtract, *accuracy), unit='points', reference='82-83 % and 61-64 %')
+
+
+def extent_claims(results, claims, add, broken):
+    """V2b to V2d: AT extracts less information, also apart from the scale of its logits."""
+    def logits(method, kind, quantity):
+        return plane(results, method, kind)[:, -1, -1, QUANTITIES.index(quantity)]
+
+    def null(method, kind):
+        return plane(results, method, kind, 'null')[:, -1, -1, 1].mean()
+
+    nt, at = (logits(m, 'clean', 'x_lower') for m in METHODS)
+    full = ' and '.join(NAMES[m] for m in METHODS if saturated(results, m, 'clean', -1))
+    add('V2b AT extracts less information from the image: logits, I(T;X) lower bound, natural '
+        'images, NT minus AT', PAPER, interval(np.subtract, nt, at),
+        why=f'{full} within {MARGIN} bit of the ceiling' if full else None,
+        reference='+1.75: 12.12 and 10.37',
+        detail=f'{nt[:, 0].mean():.2f} and {at[:, 0].mean():.2f}, ceiling '
+               f'{plane(results, "pgd", "clean", "ceiling")[0, -1]:.2f}')
+    scale = {m: [results[f'scale-{m}-s{s}'] for s in results['config']['seeds']] for m in METHODS}
+    unit = {m: plane(results, m, 'clean', 'unit')[:, -1] for m in METHODS}
+    add('V2c The same with logits scaled to unit RMS (if not, V2b is one of scale)', 'control',
+        interval(np.subtract, *(unit[m][:, 0] for m in METHODS)))
+    relative = [np.array([common.unpack(r['relative']) for r in scale[m]], float)
+                for m in METHODS]
+    add('V2c The same with noise in proportion to the variance of the logits', 'control',
+        interval(np.subtract, *relative))
+    curve = [np.array([common.unpack(r['logits']) for r in scale[m]], float) for m in METHODS]
+    ceiling = min(plane(results, m, 'clean', 'ceiling')[0, -1] for m in METHODS)
+    open_ = [v for v in range(len(CURVE)) if all(c[:, v, 0].mean() < ceiling - MARGIN
+                                                 for c in curve)]
+    signs = {f'{CURVE[v]:.2g}': interval(np.subtract, *(c[:, v] for c in curve)) for v in open_}
+    above = [v for v, s in signs.items() if s[1] > 0]
+    below = [v for v, s in signs.items() if s[2] < 0]
+    claims.append(claim(
+        'V2c The same, at every variance of the noise from 0.0016 to 102 at which neither is at '
+        'the ceiling', 'control',
+        f"NT higher at {', '.join(above) or 'none'}; AT higher at {', '.join(below) or 'none'} "
+        f"of {', '.join(signs) or 'none'}",
+        'uninformative: collapsed or near chance' if broken else 'uninformative: all at the '
+        'ceiling' if not signs else 'contradicted' if below else 'supported'
+        if len(above) == len(signs) else 'inconclusive'))
+    pairs = (('standard', 'clean'), ('pgd', 'clean'), ('pgd', 'adv'))
+    for text, i, j, value in (
+            ('AT holds less label information: logits, I(T;Y) lower bound, natural images, NT '
+             'minus AT', 0, 1, '+0.71: 3.31 and 2.60'),
+            ('and on adversarial images still less: AT natural minus AT adversarial', 1, 2,
+             '+0.31: 2.60 and 2.29')):
+        add(f'V2d {text}', PAPER, interval(np.subtract, logits(*pairs[i], 'y_lower'),
+                                           logits(*pairs[j], 'y_lower')), reference=value,
+            why=unlabelled(results, pairs[i], pairs[j]), detail=' and '.join(
+                f'{logits(*p, "y_lower")[:, 0].mean():.2f} ({null(*p):.2f} with permuted labels)'
+                for p in (pairs[i], pairs[j])))
+        unit = [plane(results, m, k, 'unit')[:, -1] for m, k in (pairs[i], pairs[j])]
+        add(f'V2d The same, {EXCESS}', 'control', interval(
+            np.subtract, *(u[:, 1] - u[:, 2] for u in unit)))
 
 
 def distortion_claims(results, add):
@@ -1413,7 +1415,7 @@ def geometry_claims(results, claims, add):
             threshold=GEOMETRY, unit='', why=None if enough else 'fewer than ten')
 
 
-def saturation_claims(results, claims, scale):
+def saturation_claims(results, claims):
     """V7, V8 and the referee: what the estimates can say at all."""
     x, layers = QUANTITIES.index('x_lower'), results['layers'][:-1]
     gaps = {}
@@ -1440,7 +1442,7 @@ def saturation_claims(results, claims, scale):
         'supported' if min(excess.values()) > MARGIN else 'contradicted'))
     text, inside = [], True
     for method in METHODS:
-        for run, s in zip(scale[method], results['config']['seeds']):
+        for run in (results[f'scale-{method}-s{s}'] for s in results['config']['seeds']):
             lower, upper = run['bounds']
             middle, error = run['referee'][0], 3 * run['referee_error'][0]
             inside &= lower - error <= middle <= upper + error
