@@ -29,6 +29,7 @@ import os
 import shutil
 import sys
 import time
+import zlib
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -1761,14 +1762,15 @@ def measure(results, key, function, folder):
 
 
 def pack(array):
-    """An array for results.json: small, exact, readable with base64 and numpy."""
+    """An array for results.json: small, exact, readable with base64, zlib and numpy."""
     a = np.ascontiguousarray(array.detach().cpu().numpy() if torch.is_tensor(array) else array)
-    return dict(b64=base64.b64encode(a.tobytes()).decode(), dtype=str(a.dtype), shape=a.shape)
+    data = base64.b64encode(zlib.compress(a.tobytes())).decode()
+    return dict(zlib64=data, dtype=str(a.dtype), shape=a.shape)
 
 
 def unpack(packed):
     """The inverse of `pack`."""
-    data = base64.b64decode(packed['b64'])
+    data = zlib.decompress(base64.b64decode(packed['zlib64']))
     return np.frombuffer(data, packed['dtype']).reshape(packed['shape']).copy()
 
 

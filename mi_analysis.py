@@ -548,7 +548,8 @@ class Setting:
         return torch.stack([y] + [y[order.to(y.device)] for order in orders])
 
     def measure(self, model, x, y, index, geometry=True):
-        """Accuracy, loss and the information in every layer, for results.json."""
+        """Accuracy, loss and the information in every layer, for results.json, with the geometry
+        of the layers or, without it, the predictions."""
         labels, found = self.labels(y), []
         for name, t in activations(model, x, self.layers, self.batch):
             found.append(layer_information(t, labels, self.classes, self.weights,
@@ -558,12 +559,13 @@ class Setting:
                                            geometry=geometry))
         loss = F.cross_entropy(t, y, reduction='none')
         correct = (t.argmax(1) == y)
-        return dict(
+        guesses = {} if geometry else dict(predicted=common.pack(t.argmax(1).short()),
+                                           label=common.pack(y.short()))
+        return guesses | dict(
             values=common.pack(torch.stack([f.pop('values') for f in found]).float()),
             unit=common.pack(found[-1].pop('unit').float()), rms=found[-1].pop('rms'),
             accuracy=common.pack((self.weights @ correct.double().cpu()).float()),
             loss=common.pack((self.weights @ loss.double().cpu()).float()),
-            predicted=common.pack(t.argmax(1).short()), label=common.pack(y.short()),
             ceiling=entropy(np.unique(index.numpy(), return_counts=True)[1]),
             label_entropy=entropy(y.bincount().tolist()), layers=found)
 
@@ -877,6 +879,14 @@ def figure_plane(results, method, folder, name):
                 axis.plot(values[:, x], values[:, y], color='0.7', lw=0.6, zorder=1)
                 axis.scatter(values[:, x], values[:, y], c=colours, zorder=2,
                              **dict(s=18) if kind == 'clean' else dict(s=60, marker='+'))
+            moving = np.concatenate([plane(results, method, kind)[..., 0].mean(0)[1:, i][:, [x, y]]
+                                     for kind in KINDS])
+            if np.ptp(moving[:, 0]) > MARGIN and np.ptp(moving[:, 0]) < 0.3 * ceiling:
+                zoom = axis.inset_axes((0.2, 0.12, 0.62, 0.55))  # all but the initial network
+                for kind, style in (('clean', dict(s=8)), ('adv', dict(s=26, marker='+'))):
+                    values = plane(results, method, kind)[..., 0].mean(0)[1:, i]
+                    zoom.scatter(values[:, x], values[:, y], c=colours[1:], **style)
+                zoom.tick_params(labelsize=5)
             if r == 0:
                 axis.set_title(f'{short(layers[i])}, D = '
                                f'{plane(results, method, "clean", "dimensions")[0, -1, i]}')
@@ -888,7 +898,8 @@ def figure_plane(results, method, folder, name):
     title = 'Normal training (NT)' if method == 'standard' else 'Adversarial training (AT)'
     fig.suptitle(f'{title}: information plane of each layer, {results["samples"]} test images. '
                  'Circles: natural,\ncrosses: adversarial. Dotted: the ceilings log2 N and H(Y)'
-                 ', which any layer reaches\nwhose outputs lie far apart')
+                 ', which any layer reaches\nwhose outputs lie far apart; insets: the same '
+                 'without the initial network')
     common.save_figure(fig, folder, name)
 
 
