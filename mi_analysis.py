@@ -269,14 +269,17 @@ def cell_keys(t, width=BIN_WIDTH):
     """
     generator = make_generator('cells')
     factors = torch.randint(-2 ** 62, 2 ** 62, (2, t.shape[1]), generator=generator) * 2 + 1
-    factors, keys = factors.to(t.device), []
-    for rows in t.split(max(1, 2 ** 21 // t.shape[1])):
-        cells = (rows / width).floor()
+    factors, keys = factors.to(t.device), torch.empty(len(t), 2, dtype=torch.int64,
+                                                      device=t.device)
+    step = max(1, 2 ** 18 // t.shape[1])
+    for i in range(0, len(t), step):
+        cells = (t[i:i + step] / width).floor_()
         if not torch.isfinite(cells).all():
             raise ValueError('the activations hold NaN or infinity')
         cells = cells.long()
-        keys.append(torch.stack([(cells * f).sum(1) for f in factors], 1))
-    return torch.cat(keys)
+        for k in (0, 1):
+            keys[i:i + step, k] = (cells * factors[k]).sum(1)
+    return keys
 
 
 def bin_terms(keys, labels):
