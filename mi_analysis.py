@@ -271,7 +271,7 @@ def cell_keys(t, width=BIN_WIDTH):
     factors = torch.randint(-2 ** 62, 2 ** 62, (2, t.shape[1]), generator=generator) * 2 + 1
     factors, keys = factors.to(t.device), torch.empty(len(t), 2, dtype=torch.int64,
                                                       device=t.device)
-    step = max(1, 2 ** 18 // t.shape[1])
+    step = max(1, 2 ** 19 // t.shape[1])
     for i in range(0, len(t), step):
         cells = (t[i:i + step] / width).floor_()
         if not torch.isfinite(cells).all():
