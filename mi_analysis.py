@@ -890,6 +890,7 @@ def figure_plane(results, method, folder, name):
                     values = plane(results, method, kind)[..., 0].mean(0)[1:, i]
                     zoom.scatter(values[:, x], values[:, y], c=colours[1:], **style)
                 zoom.tick_params(labelsize=5)
+                zoom.ticklabel_format(useOffset=False)
             if r == 0:
                 axis.set_title(f'{short(layers[i])}, D = '
                                f'{plane(results, method, "clean", "dimensions")[0, -1, i]}')
@@ -1037,6 +1038,7 @@ def figure_distortion_layers(results, folder):
         top = plane(results, 'pgd', 'clean', 'ceiling' if what == 'x' else 'label_entropy')[0, -1]
         for axis in row:
             axis.axhline(top, color='0.6', lw=1, ls=':')
+        row[0].set_ylim(min(row[0].get_ylim()[0], top - 0.1), None)  # no zoom into nothing
         row[0].set_ylabel(f'{name}\nI(T;{what.upper()}) (bits)')
     fig.legend(loc='outside lower center', ncols=4)
     fig.suptitle('Information in every layer under distortion, KDE lower bound; lines on top of '
@@ -1105,7 +1107,8 @@ def figure_nulls(results, folder):
                                             (0.25, adv[-1, :, x], 'adversarial', '#D55E00')):
             top.bar(place + shift, values, 0.22, color=colour, label=text)
         top.axhline(plane(results, method, 'clean', 'ceiling')[0, -1], color='k', ls=':', lw=1,
-                    label='ceiling log2 N')
+                    label='ceiling, with repeated images' if results['config']['as_published']
+                    else 'ceiling log2 N')
         for shift, values, text, colour in (
                 (-0.25, null, 'labels permuted', '0.7'),
                 (0, clean[-1, :, y], 'natural', '#0072B2'),
