@@ -799,6 +799,9 @@ def test_a_published_default_lr_is_constant_and_ours_drops():
     args = common.parse(mi.make_parser(True), ['--dataset', 'mnist', '--as-published'])
     assert args.lr * common.lr_factor(args.schedule, 0.9) == 0.025
     assert (args.eps, args.step_size, args.steps) == (45 / 255, 8 / 255, 7)
+    assert (mi.usual_test_step(args), args.test_steps) == (8 / 255, 7)
+    args = common.parse(mi.make_parser(), ['--dataset', 'cifar10'])
+    assert mi.usual_test_step(args) == pytest.approx(2 / 255)
 
 
 @pytest.mark.parametrize('flags,message', (
