@@ -888,7 +888,8 @@ def figure_plane(results, method, folder, name):
                              **dict(s=18) if kind == 'clean' else dict(s=60, marker='+'))
             moving = np.concatenate([plane(results, method, kind)[..., 0].mean(0)[1:, i][:, [x, y]]
                                      for kind in KINDS])
-            if np.ptp(moving[:, 0]) > MARGIN and np.ptp(moving[:, 0]) < 0.3 * ceiling:
+            crowded = MARGIN < np.ptp(moving[:, 0]) < 0.3 * ceiling
+            if crowded and moving[:, 1].min() > 0.75 * top:  # and not below the inset
                 zoom = axis.inset_axes((0.2, 0.12, 0.62, 0.55))  # all but the initial network
                 for kind, style in (('clean', dict(s=8)), ('adv', dict(s=26, marker='+'))):
                     values = plane(results, method, kind)[..., 0].mean(0)[1:, i]
