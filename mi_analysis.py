@@ -80,7 +80,8 @@ KINDS = {'clean': 'natural', 'adv': 'adversarial'}
 QUANTITIES = ('x_upper', 'x_lower', 'x_bin', 'y_upper', 'y_lower', 'y_bin')
 ESTIMATORS = {'upper': 'KDE upper', 'lower': 'KDE lower', 'bin': 'binning'}
 
-# Thresholds of the claims, fixed before any run.
+# Thresholds of the claims, fixed before any run, but TREND_EPOCHS, raised from 4 after the second
+# run on shapes.
 MARGIN = 0.05             # bit: this close to the ceiling, or this constant, is saturated
 TREND = 0.8               # V1: median rank correlation; its interval must lie above TREND_LOW
 TREND_LOW = 0.5
@@ -865,7 +866,9 @@ def figure_training(results, folder):
                     ..., 0].mean(0), color=colour, ms=4, **KIND_STYLE[kind],
                     label=f'{name}, {text} test images')
     axes[0, 0].set(yscale='log', ylabel='cross-entropy (nats)', xlabel='epoch', title='Loss')
-    axes[0, 1].set(ylabel='accuracy (%)', xlabel='epoch', ylim=(-3, 103), title='Accuracy')
+    axes[0, 1].axhline(100 / len(results['classes']), color='0.6', ls=':', lw=1)
+    axes[0, 1].set(ylabel='accuracy (%)', xlabel='epoch', ylim=(-3, 103),
+                   title='Accuracy (dotted grey: chance)')
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     common.save_figure(fig, folder, 'fig1_training')
 
@@ -1013,12 +1016,13 @@ def figure_distortion(results, folder):
             axis.set_ylabel(label)
         axes[0, 2 * half].set_yscale('log')
         axes[0, 2 * half + 1].set_ylim(-3, 103)
+        axes[0, 2 * half + 1].axhline(100 / len(results['classes']), color='0.6', ls=':', lw=1)
     axes[0, 0].set_title('Saturation: texture goes, outlines stay', loc='left')
     axes[0, 2].set_title('Patch-shuffle: shape goes, texture stays', loc='left')
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
     fig.suptitle('Networks on distorted images (attacked first, distorted second); information '
                  'of the logits\nby the KDE lower bound, as they are and scaled to unit RMS; '
-                 'bands: 95 % over images')
+                 'bands: 95 % over images; dotted: chance')
     common.save_figure(fig, folder, 'fig6_distortion')
 
 
