@@ -707,6 +707,28 @@ def augment(x, pad, flip, generator, size=None):
     return x[image, :, rows, columns[:, None, :]].permute(0, 3, 1, 2)  # is channels_last
 
 
+def saturate(x, level):
+    """Stretch every pixel away from 1/2: 1/2 + sign(u) |u|^(2/p) / 2 with u = 2x - 1; level 2
+    is the identity, a large one leaves 0 and 1 (Zhang & Zhu 2019)."""
+    u = 2 * x - 1
+    return (0.5 + 0.5 * u.sign() * u.abs() ** (2 / level)).clamp(0, 1)
+
+
+def permute_patches(x, order):
+    """Cut every image into k x k patches; place i then shows patch order[i].
+
+    x: (N, C, H, W), H and W divisible by k; order: (k*k,) for all images or (N, k*k).
+    """
+    n, c, h, w = x.shape
+    k = math.isqrt(order.shape[-1])
+    patches = x.reshape(n, c, k, h // k, k, w // k).permute(0, 2, 4, 1, 3, 5)
+    patches = patches.reshape(n, k * k, c, h // k, w // k)
+    patches = patches[torch.arange(n, device=x.device)[:, None],
+                      order.to(x.device).expand(n, -1)]
+    patches = patches.view(n, k, k, c, h // k, w // k).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(n, c, h, w)
+
+
 def train_batches(data, batch_size, generator, device):
     """Yield shuffled, augmented (x in [0, 1], y) of one epoch; the last, short batch is dropped.
 

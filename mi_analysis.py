@@ -474,31 +474,18 @@ def _collect(model, x, wanted, taken, batch_size):
         yield name, store.pop(name)
 
 
-def saturate(x, level):
-    """Stretch every pixel away from 1/2: 1/2 + sign(u) |u|^(2/p) / 2 with u = 2x - 1; level 2
-    is the identity, a large one leaves 0 and 1 (Zhang & Zhu 2019)."""
-    u = 2 * x - 1
-    return (0.5 + 0.5 * u.sign() * u.abs() ** (2 / level)).clamp(0, 1)
-
-
 def shuffle_patches(x, k, generator):
     """Cut every image into k x k patches and permute them, each image its own way; k = 0 is
     the identity. x: (N, C, H, W), H and W divisible by k."""
     if k == 0:
         return x
-    n, c, h, w = x.shape
-    patches = x.reshape(n, c, k, h // k, k, w // k).permute(0, 2, 4, 1, 3, 5)
-    patches = patches.reshape(n, k * k, c, h // k, w // k)
-    order = torch.rand(n, k * k, generator=generator).argsort(1).to(x.device)
-    patches = patches[torch.arange(n, device=x.device)[:, None], order]
-    patches = patches.view(n, k, k, c, h // k, w // k).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(n, c, h, w)
+    return common.permute_patches(x, torch.rand(len(x), k * k, generator=generator).argsort(1))
 
 
 def distort(x, name, level):
     """The distortion of that name and level; the same permutations for every network."""
     if name == 'saturation':
-        return saturate(x, level)
+        return common.saturate(x, level)
     return shuffle_patches(x, level, make_generator('patches', level))
 
 

@@ -1,0 +1,2052 @@
+"""Shape or texture, and how simple: what adversarial training does to a CNN's features.
+
+Question   Does a robust network (R) decide by shape where a standard one (S) decides by texture,
+           does the shift grow with eps, and what does it buy when shape or texture is missing?
+           Are its features simpler: smoother filters, lower-level concepts, fewer types of inputs?
+Paper      Chen, Agarwal, Nguyen 2020, The shape and simplicity biases of adversarially robust
+           ImageNet-trained CNNs (arXiv 2006.09373). Its body was not at hand: protocols are from
+           the authors' released code. Cue conflicts after Geirhos et al. 2019, saturation after
+           Zhang & Zhu 2019, dissection after Bau et al. 2017, dimensionality after Islam et al.
+           2021. The reversed control and texture-randomised training are ours.
+Usage      python shape_bias.py                                 shapes, minutes on a laptop
+           python shape_bias.py --dataset cifar10 --norm l2 --ladder 0.25 1 --seeds 0 1 2
+           python shape_bias.py --dataset cifar10 --cue-conflict-dir PATH      one GPU
+           python shape_bias.py --arch resnet50 --weights IMAGENET1K_V1 \\
+               --robust-weights resnet50_l2_eps3.ckpt --cue-conflict-dir PATH
+           PATH: stimuli/style-transfer-preprocessed-512 of github.com/rgeirhos/texture-vs-shape;
+           the folders edges and filled-silhouettes beside it are used, too.
+Outputs    runs/shape_bias/<dataset>-<arch>/: results.json, metrics.csv, claims.md and
+           fig1_views  fig2_shape_bias  fig3_missing_cues  fig4_corruptions  fig5_frequency
+           fig6_filters  fig7_smoothness  fig8_noise  fig9_dissection  fig10_inputs
+           fig11_ablation  fig12_concept_ablation  fig13_dimensions  fig14_reversed
+           fig15_stimuli   (each .png and .pdf; those that the data allow)
+"""
+import argparse
+import json
+import math
+import re
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib import colormaps
+from scipy.stats import spearmanr
+from torchvision.io import ImageReadMode, decode_image, encode_jpeg, read_file
+
+import common
+from common import claim, effect_verdict, make_generator
+
+# ImageNet classes of Geirhos' sixteen categories (their code), as (first, last) or single.
+SIXTEEN = {
+    'airplane': [404], 'bear': [(294, 297)], 'bicycle': [444, 671],
+    'bird': [8, (10, 16), (18, 20), (22, 24), (80, 83), (87, 96), (98, 100), (127, 133),
+             (135, 145)],
+    'boat': [472, 554, 625, 814, 914], 'bottle': [440, 720, 737, 898, 899, 901, 907],
+    'car': [436, 511, 817], 'cat': [(281, 286)], 'chair': [423, 559, 765, 857],
+    'clock': [409, 530, 892],
+    'dog': [(152, 191), (193, 203), (205, 226), (228, 241), (243, 250), (252, 257), 259,
+            (261, 263), (265, 268)],
+    'elephant': [385, 386], 'keyboard': [508, 878], 'knife': [499], 'oven': [766],
+    'truck': [555, 569, 656, 675, 717, 734, 864, 867]}
+ALIASES = {'automobile': 'car', 'ship': 'boat'}  # CIFAR-10 and STL-10
+# From the authors' code.
+TV_NOISE = 0.08           # Gaussian, of the noisy images: ImageNet-C's severity 1
+OUTLIER = 0.2             # change of a channel's TV, of the layer's mean TV in S
+SCRAMBLE_2X2 = (2, 3, 1, 0)
+IOU = 0.04                # NetDissect's cut-off for a detector
+TAU = 0.05                # share of positions above a unit's threshold; see TAUS
+SATURATION = (4, 16, 64, 1024)             # Zhang & Zhu 2019
+# Ours.
+TAUS = (0.005, 0.02, 0.05, 0.1, 0.2)       # 0.005 is NetDissect's
+LIFT = 1.5                # of IoU over that with the masks of other images
+SCRAMBLES = (2, 4, 8)
+TOP = 50                  # images that excite a channel most
+PATCH = 11                # pixels, of the patches compared
+CHANNELS = 128            # of a stage at most are ablated singly, evenly spaced
+BANDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # 1 is the Nyquist frequency
+HYBRID = 0.3              # band below which the hybrids show one image, above it the other
+CORRUPTIONS = {           # five severities each
+    'noise': (0.04, 0.08, 0.12, 0.18, 0.26),       # standard deviation
+    'blur': (0.5, 0.75, 1.0, 1.5, 2.0),            # of the Gaussian, in 1/32 of the image
+    'contrast': (0.75, 0.5, 0.35, 0.2, 0.1),       # factor, around the mean
+    'veil': (0.2, 0.35, 0.5, 0.65, 0.8),           # opacity of a smooth bright field, like fog
+    'pixelate': (0.75, 0.625, 0.5, 0.375, 0.25),   # factor of the resolution
+    'JPEG': (80, 50, 30, 15, 7)}                   # quality
+# The reversed control: faint outlines with strong textures, which agree with the class in
+# seven of ten images; chosen on S alone (docs/results/README.md has the tries).
+REVERSED = dict(version=1, distance=(0.06, 0.12), contrast=(0.1, 0.2), agreement=0.7)
+LADDER = (0.5,)           # of eps, where --ladder is not given
+DEFAULTS = {'shapes': dict(test_size=1000)}
+
+# Thresholds of the claims, fixed before the documented runs.
+GATE = 3.0                # robust accuracy of R, as a multiple of that of S
+MARGIN = 0.20             # natural accuracy that R may lose
+COVERAGE = 0.5            # share of conflicts decided for either cue
+TEXTURE_LESS = ('flat fill', 'silhouette', 'silhouette inverted')
+LOW, HIGH = ('0.1', '0.2', '0.3'), ('0.1', '0.2', '0.3')  # bands of the frequency claims
+PAPER = 'Chen et al. 2020'
+BENCHMARK = "independent: ResNet-50, Gavrikov's benchmark"
+
+
+# --------------------------------------------------------------------------------- the method
+
+def decide(logits, groups):
+    """Geirhos' decision: the category of largest mean probability over its classes.
+
+    logits: (N, K); groups: class indices of each category. Returns categories (N,).
+    """
+    p = F.softmax(logits.double(), 1)
+    return torch.stack([p[:, group].mean(1) for group in groups], 1).argmax(1)
+
+
+def imagenet_groups():
+    """{category: class indices} of the sixteen categories."""
+    return {name: [i for part in parts for i in (
+        range(part[0], part[1] + 1) if isinstance(part, tuple) else (part,))]
+        for name, parts in SIXTEEN.items()}
+
+
+def category_groups(classes):
+    """The categories that a network's classes can decide for: all sixteen for ImageNet's 1000
+    classes, else those found among the class names (seven for CIFAR-10)."""
+    if len(classes) == 1000:
+        return imagenet_groups()
+    names = [ALIASES.get(c, c) for c in classes]
+    return {c: [names.index(c)] for c in SIXTEEN if c in names}
+
+
+def by_cue(decisions, shape, texture):
+    """Two arrays of 0.0 and 1.0: decided for the shape, decided for the texture. decisions:
+    (..., N); shape, texture: (N,); images whose cues agree count for neither."""
+    conflict = shape != texture
+    return tuple(((decisions == cue) & conflict).astype(float) for cue in (shape, texture))
+
+
+def shape_bias(by_shape, by_texture):
+    """Share of shape decisions among those for either cue; nan where there are none. Takes
+    arrays of 0 and 1 or counts."""
+    by_shape, by_texture = np.sum(by_shape), np.sum(by_texture)
+    return by_shape / (by_shape + by_texture) if by_shape + by_texture else math.nan
+
+
+def pieces(model):
+    """The network as [(name, function)], each a map from the output of the one before: stages
+    that return maps (N, C, h, w), and last 'head', which returns logits."""
+    m = model
+    if isinstance(m, common.SmallCNN):
+        stages = [('stem', lambda x: m.stem(m.normalize(x))), ('stage1', m.stage1),
+                  ('stage2', m.stage2), ('stage3', m.stage3)]
+        return stages + [('head', lambda a: m.fc(a.mean((2, 3))))]
+    if isinstance(m, common.LeNet5):
+        def dense(a):
+            a = F.max_pool2d(a, 2).flatten(1)
+            return m.fc3(F.relu(m.fc2(F.relu(m.fc1(a)))))
+        return [('conv1', lambda x: F.relu(m.conv1(m.normalize(x)))),
+                ('conv2', lambda a: F.relu(m.conv2(F.max_pool2d(a, 2)))), ('head', dense)]
+    if isinstance(m, common.ResNet18):
+        def first(x):
+            x = m.normalize(x)
+            return F.relu(common.conv_bn(x, m.conv1, m.bn1)) if m.bn1 else m.conv1(x)
+
+        def last(a):
+            return m.linear((F.relu(m.bn(a)) if m.bn else a).mean((2, 3)))
+        names = [f'layer{i}' for i in range(1, 5)]
+        return [('conv1', first), *((n, getattr(m, n)) for n in names), ('head', last)]
+    if isinstance(m, common.WideResNet):
+        return [('conv1', lambda x: m.conv1(m.normalize(x))),
+                *((f'block{i}', getattr(m, f'block{i}')) for i in (1, 2, 3)),
+                ('head', lambda a: m.fc(F.avg_pool2d(m.relu(m.bn1(a)), 8).flatten(1)))]
+    inner = m.model  # torchvision's, behind Normalize
+    if hasattr(inner, 'features'):  # AlexNet: after each ReLU of a convolution
+        cuts = (0, 2, 5, 8, 10, 12)
+        stages = [(f'conv{i}', inner.features[a:b])
+                  for i, (a, b) in enumerate(zip(cuts, cuts[1:]), 1)]
+        head = nn.Sequential(inner.features[12:], inner.avgpool, nn.Flatten(), inner.classifier)
+    elif hasattr(inner, 'inception3a'):
+        names = ('conv1', 'maxpool1', 'conv2', 'conv3', 'maxpool2', 'inception3a',
+                 'inception3b', 'maxpool3', 'inception4a', 'inception4b', 'inception4c',
+                 'inception4d', 'inception4e', 'maxpool4', 'inception5a', 'inception5b')
+        stages, pools = [], []
+        for name in names:
+            if 'maxpool' in name:
+                pools = [getattr(inner, name)]
+            else:
+                stages.append((name, nn.Sequential(*pools, getattr(inner, name))))
+                pools = []
+        transform = inner._transform_input
+        stages[0] = ('conv1', lambda x: inner.conv1(transform(x)))
+        head = nn.Sequential(inner.avgpool, nn.Flatten(), inner.fc)
+    else:  # ResNet-50
+        stages = [('conv1', nn.Sequential(inner.conv1, inner.bn1, inner.relu)),
+                  ('layer1', nn.Sequential(inner.maxpool, inner.layer1)),
+                  *((f'layer{i}', getattr(inner, f'layer{i}')) for i in (2, 3, 4))]
+        head = nn.Sequential(inner.avgpool, nn.Flatten(), inner.fc)
+    name, start = stages[0]
+    return [(name, lambda x: start(m.normalize(x))), *stages[1:], ('head', head)]
+
+
+def stage_maps(model, x, batch=250):
+    """Yield (name, maps (N, C, h, w)) of every stage in turn; two are held at a time."""
+    with common.frozen(model), torch.no_grad():
+        for name, function in pieces(model)[:-1]:
+            x = torch.cat([function(b) for b in x.split(batch)])
+            yield name, x
+
+
+def logits_of(model, x, batch=250):
+    """Logits (N, K) in eval mode."""
+    with common.frozen(model), torch.no_grad():
+        return torch.cat([common.final_logits(model(b)) for b in x.split(batch)])
+
+
+# ----------------------------------------------------------------------------------- the views
+
+def derangement(k):
+    """A fixed order of k x k patches in which none stays; for k = 2 the authors'."""
+    if k == 2:
+        return torch.tensor(SCRAMBLE_2X2)
+    generator = make_generator('scramble', k)
+    while True:
+        order = torch.randperm(k * k, generator=generator)
+        if (order != torch.arange(k * k)).all():
+            return order
+
+
+def black_and_white(x):
+    """1 where the mean over the channels is above 1/2, else 0."""
+    return (x.mean(1, keepdim=True) > 0.5).float().expand_as(x)
+
+
+def outlines(x):
+    """Black lines on white where the Sobel gradient of the blurred grey image is more than one
+    standard deviation above its mean."""
+    grey = blur(x.mean(1, keepdim=True), 1.0)
+    kernel = torch.tensor([[-1., 0, 1], [-2, 0, 2], [-1, 0, 1]], device=x.device)
+    gradient = F.conv2d(F.pad(grey, (1,) * 4, mode='replicate'),
+                        torch.stack((kernel, kernel.T))[:, None]).norm(dim=1, keepdim=True)
+    mean, std = (f(gradient, dim=(2, 3), keepdim=True) for f in (torch.mean, torch.std))
+    return (gradient < mean + std).float().expand_as(x)
+
+
+def blur(x, sigma):
+    """Gaussian blur; sigma in pixels."""
+    reach = max(1, math.ceil(3 * sigma))
+    t = torch.arange(-reach, reach + 1, device=x.device)
+    kernel = torch.exp(-t.square() / (2 * sigma * sigma))
+    kernel = (kernel / kernel.sum()).to(x.dtype)
+    c = x.shape[1]
+    reach = min(reach, x.shape[-1] - 1)
+    kernel = kernel[len(kernel) // 2 - reach:len(kernel) // 2 + reach + 1]
+    x = F.pad(x, (reach,) * 4, mode='reflect')
+    x = F.conv2d(x, kernel.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
+    return F.conv2d(x, kernel.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c)
+
+
+def radius_map(h, w, device):
+    """Frequency of each coefficient of fft2, as a share of the Nyquist frequency."""
+    fy, fx = torch.fft.fftfreq(h, device=device), torch.fft.fftfreq(w, device=device)
+    return (fy[:, None].square() + fx.square()).sqrt() / 0.5
+
+
+def low_pass(x, band):
+    """Frequencies up to `band` of the Nyquist frequency."""
+    keep = radius_map(*x.shape[-2:], x.device) <= band
+    return torch.fft.ifft2(torch.fft.fft2(x) * keep).real.clamp(0, 1)
+
+
+def high_pass(x, band):
+    """Frequencies from `band` of the Nyquist frequency, and the mean."""
+    radius = radius_map(*x.shape[-2:], x.device)
+    keep = (radius >= band) | (radius == 0)
+    return torch.fft.ifft2(torch.fft.fft2(x) * keep).real.clamp(0, 1)
+
+
+def hybrid(a, b):
+    """The low frequencies of a and the high ones of b."""
+    high = torch.fft.fft2(b) * (radius_map(*b.shape[-2:], b.device) > HYBRID)
+    low = torch.fft.fft2(a) * (radius_map(*a.shape[-2:], a.device) <= HYBRID)
+    return torch.fft.ifft2(low + high).real.clamp(0, 1)
+
+
+def phase_of(a, b):
+    """The phases of a with the amplitudes of b."""
+    fa, fb = torch.fft.fft2(a), torch.fft.fft2(b)
+    return torch.fft.ifft2(torch.polar(fb.abs(), fa.angle())).real.clamp(0, 1)
+
+
+def partners(y):
+    """For each image the index of one of another class: (N,), each index once."""
+    order = y.argsort(stable=True)
+    partner = torch.empty_like(order)
+    partner[order] = order.roll(-int(y.bincount().max()))
+    return partner
+
+
+def corrupt(x, name, severity):
+    """A corruption at severity 0 to 4. x: (N, C, H, W) in [0, 1]."""
+    value, (n, _, h, w) = CORRUPTIONS[name][severity], x.shape
+    generator = make_generator('corrupt', name, severity)
+    if name == 'noise':
+        return (x + value * torch.randn(x.shape, generator=generator).to(x.device)).clamp(0, 1)
+    if name == 'blur':
+        return blur(x, value * w / 32)
+    if name == 'contrast':
+        mean = x.mean((2, 3), keepdim=True)
+        return mean + value * (x - mean)
+    if name == 'veil':
+        field = torch.rand(n, 1, 4, 4, generator=generator).to(x.device)
+        field = F.interpolate(field, (h, w), mode='bicubic').clamp(0, 1)
+        return x * (1 - value) + value * (0.6 + 0.4 * field)
+    if name == 'pixelate':
+        small = F.interpolate(x, (round(h * value), round(w * value)), mode='area')
+        return F.interpolate(small, (h, w), mode='nearest')
+    images = (x * 255).round().byte().contiguous(memory_format=torch.contiguous_format).cpu()
+    mode = ImageReadMode.GRAY if x.shape[1] == 1 else ImageReadMode.RGB
+    coded = [decode_image(code, mode) for code in encode_jpeg(list(images), quality=value)]
+    return common.to_float(torch.stack(coded)).to(x.device)
+
+
+def views(data, x):
+    """Yield (group, name, images): every version of the test images x, in their order."""
+    yield 'natural', 'natural', x
+    if data.name == 'shapes':
+        def drawn(variant):
+            images, _ = common.make_shapes(len(x), 'test', x.shape[-1], variant)
+            return common.to_float(images).to(x.device)
+        yield 'texture-less', 'flat fill', drawn('outline_only')
+        silhouette, edges = drawn('silhouette'), drawn('edges')
+        yield 'texture-less', 'silhouette', silhouette
+        yield 'texture-less', 'silhouette inverted', 1 - silhouette
+    else:
+        edges = outlines(x)
+    yield 'texture-less', 'edges', edges
+    yield 'texture-less', 'edges inverted', 1 - edges
+    yield 'texture-less', 'black and white', black_and_white(x)
+    for level in SATURATION:
+        yield 'texture-less', f'saturation {level}', common.saturate(x, level)
+    for k in SCRAMBLES:
+        if x.shape[-1] % k == 0:
+            yield 'shape-less', f'scrambled {k}x{k}', common.permute_patches(x, derangement(k))
+    if data.name == 'shapes':
+        yield 'shape-less', 'texture fills frame', drawn('texture_only')
+    for name in CORRUPTIONS:
+        for severity in range(5):
+            yield name, str(severity + 1), corrupt(x, name, severity)
+    for band in BANDS:
+        yield 'low-pass', str(band), low_pass(x, band)
+        yield 'high-pass', str(band), high_pass(x, band)
+
+
+def read_stimuli(folder, categories, size, device):
+    """Geirhos' stimuli whose shape and texture are both among the categories.
+
+    folder: <shape>/<shape><n>-<texture><m>.png or .jpg. Returns x (N, 3, S, S) in [0, 1] and
+    shape, texture (N,) int64. Raises UserError.
+    """
+    files, kept = image_files(folder), []
+    for path in files:
+        match = re.fullmatch(r'([a-z]+)\d+-([a-z]+)\d+', path.stem)
+        if not match:
+            raise common.UserError(f'{path} is not named <shape><n>-<texture><m>')
+        if set(match.groups()) <= set(categories):
+            kept.append((path, *(list(categories).index(c) for c in match.groups())))
+    if not kept:
+        raise common.UserError(f"{folder} holds no stimulus of the network's classes")
+    x = torch.stack([read_image(path, size) for path, _, _ in kept])
+    shape, texture = (torch.tensor([k[i] for k in kept]) for i in (1, 2))
+    common.log.info('%s: %d of %d stimuli have shape and texture among %s', folder, len(kept),
+                    len(files), ', '.join(categories))
+    return x.to(device), shape, texture
+
+
+def read_class_folder(folder, categories, size, device):
+    """(x, category) of <category>/*.png; None where there is no such folder."""
+    kept = [(p, list(categories).index(p.parent.name)) for p in image_files(folder)
+            if p.parent.name in categories] if Path(folder).is_dir() else []
+    if not kept:
+        return None
+    return (torch.stack([read_image(p, size) for p, _ in kept]).to(device),
+            torch.tensor([c for _, c in kept]))
+
+
+def image_files(folder):
+    if not Path(folder).is_dir():
+        raise common.UserError(f'no folder {folder}; see --help for what belongs there')
+    return sorted(p for p in Path(folder).glob('*/*') if p.suffix in ('.png', '.jpg', '.jpeg'))
+
+
+def read_image(path, size, channels=3):
+    """One image file as (C, S, S) in [0, 1]; smaller by averaging, as suits 32 pixels."""
+    try:
+        x = decode_image(read_file(str(path)), ImageReadMode.RGB if channels == 3 else
+                         ImageReadMode.GRAY)
+    except RuntimeError as error:
+        raise common.UserError(f'{path} cannot be read ({str(error).splitlines()[0][:80]})')
+    return F.interpolate(common.to_float(x[None]), (size, size), mode='area')[0]
+
+
+# ---------------------------------------------------------------- simplicity 1: smoother filters
+
+def total_variation(a):
+    """Sum of |differences| of vertical and horizontal neighbours: (..., H, W) -> (...)."""
+    return a.diff(dim=-2).abs().sum((-2, -1)) + a.diff(dim=-1).abs().sum((-2, -1))
+
+
+def first_filters(model):
+    """Weights of the first convolution over pixels: (O, C, k, k)."""
+    weight = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).weight.detach()
+    if isinstance(model, common.SmallCNN):  # sees 2 x 2 pixels as channels
+        weight = F.pixel_shuffle(weight, 2)
+    return weight.float().cpu()
+
+
+def filter_smoothness(weight):
+    """(TV / L1 (O,), share of energy above a quarter cycle per pixel (O,)) of each filter
+    (O, C, k, k); both are free of the filter's scale. nan for filters of zeros."""
+    size = weight.abs().sum((1, 2, 3))
+    tv = total_variation(weight).sum(1) / size
+    energy = torch.fft.fft2(weight, s=(16, 16)).abs().square().sum(1)
+    high = energy[:, radius_map(16, 16, weight.device) > 0.5].sum(1) / energy.sum((1, 2))
+    return tv, high
+
+
+def smoothness(model):
+    """Per layer: TV / L1 and high-frequency energy of every filter; first filters to look at."""
+    layers = []
+    first = first_filters(model)
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1:
+            weight = m.weight.detach().float().cpu() if layers else first
+            tv, high = filter_smoothness(weight)
+            layers.append(dict(name=name.removesuffix('.conv'), tv=common.pack(tv),
+                               high=common.pack(high), size=weight.shape[-1]))
+    return dict(layers=layers, filters=common.pack(first.half()))
+
+
+def map_variation(model, x):
+    """TV of the activation maps on x and on x with noise, per stage: the mean over images of
+    each channel, the mean over channels of each image, and channels that never fire."""
+    noise = torch.randn(x.shape, generator=make_generator('tv-noise')).to(x.device)
+    noisy, stages = (x + TV_NOISE * noise).clamp(0, 1), []
+    for (name, a), (_, b) in zip(stage_maps(model, x), stage_maps(model, noisy)):
+        tv, tv_noisy = total_variation(a), total_variation(b)
+        dead = (a.amax((0, 2, 3)) - a.amin((0, 2, 3))) == 0
+        stages.append(dict(name=name, dead=int(dead.sum()),
+                           channel=common.pack(torch.stack((tv.mean(0), tv_noisy.mean(0)))),
+                           image=common.pack(torch.stack((tv.mean(1), tv_noisy.mean(1))))))
+    return stages
+
+
+# ---------------------------------------------------------- simplicity 2: lower-level concepts
+
+COLOURS = ('dark grey', 'light grey', 'red', 'yellow', 'green', 'cyan', 'blue', 'magenta')
+
+
+def colour_names(x):
+    """Index into COLOURS of every pixel: (..., 3, H, W) -> (..., H, W); grey where max - min is
+    below 0.12."""
+    r, g, b = x.unbind(-3)
+    top, low = x.amax(-3), x.amin(-3)
+    hue = torch.atan2(3 ** 0.5 * (g - b), 2 * r - g - b)  # radians, red at 0
+    sector = (hue / (math.pi / 3)).round().long() % 6
+    return torch.where(top - low < 0.12, (top + low > 1).long(), sector + 2)
+
+
+def make_probe(n, size, device):
+    """Images of `shapes` with every pair of outline and texture equally often, and pixel-exact
+    masks: colours of all pixels; texture, outline (both: the object's pixels); layout.
+
+    Returns dict: x (n, 3, S, S); masks (n, K, S, S) bool; concepts [(category, name)]; labels
+    {name: (n,)} of the images.
+    """
+    generator, i = make_generator('probe', common.SHAPES_VERSION), torch.arange(n)
+    params = common.shape_parameters(n, generator, outline=i % 10, texture=i // 10 % 10)
+    drawn = common.render_shapes(params, size)
+    noise = common.SHAPES['noise'] * torch.randn(drawn['image'].shape, generator=generator)
+    inside, edge = drawn['mask'] > 0.5, drawn['edge'] > 0.5
+    colour = colour_names(drawn['image'])
+    masks, concepts = [colour[:, None] == torch.arange(8)[:, None, None]], []
+    concepts += [('colour', c) for c in COLOURS]
+    for category, names in (('texture', common.TEXTURES), ('outline', common.OUTLINES)):
+        label = params[category][:, None] == torch.arange(10)
+        masks.append(inside & label[:, :, None, None])
+        concepts += [(category, name) for name in names]
+    masks.append(torch.cat((inside & ~edge, edge, ~inside & ~edge), 1))
+    concepts += [('layout', name) for name in ('object', 'edge', 'background')]
+    object_colour = colour_names(params['colour'][:, :, None, None])[:, 0, 0]
+    labels = dict(outline=params['outline'], texture=params['texture'], colour=object_colour)
+    labels['joint'] = (object_colour * 10 + params['texture']) * 10 + params['outline']
+    return dict(x=(drawn['image'] + noise).clamp(0, 1).to(device), labels=labels,
+                masks=torch.cat(masks, 1), concepts=concepts)
+
+
+def read_probe(folder, size, device):
+    """A probe from files: images/<name>.png and masks/<category>/<concept>/<name>.png, white
+    where the concept is; a missing mask is empty."""
+    files = sorted(p for p in Path(folder, 'images').glob('*') if p.suffix in (
+        '.png', '.jpg', '.jpeg'))
+    concepts = sorted((p.parent.name, p.name) for p in Path(folder, 'masks').glob('*/*')
+                      if p.is_dir())
+    if not files or not concepts:
+        raise common.UserError(f'{folder} needs images/<name>.png and '
+                               'masks/<category>/<concept>/<name>.png')
+    masks = torch.zeros(len(files), len(concepts), size, size, dtype=torch.bool)
+    for i, path in enumerate(files):
+        for j, concept in enumerate(concepts):
+            mask = Path(folder, 'masks', *concept, path.stem + '.png')
+            if mask.exists():
+                masks[i, j] = read_image(mask, size, 1)[0] > 0.5
+    x = torch.stack([read_image(p, size) for p in files]).to(device)
+    return dict(x=x, labels={}, masks=masks, concepts=concepts)
+
+
+def dissect(maps, masks, categories, taus=TAUS):
+    """Intersection over union of units and concepts (Bau et al. 2017, as the authors have it).
+
+    maps: (N, C, h, w); masks: (N, K, H, W) bool; categories: (K,) ints. A unit's mask is where
+    its map, enlarged bilinearly, exceeds the value that a share tau of all positions exceeds.
+    IoU = I / (A + L - I): L pixels of the concept, A of the unit's mask in images where the
+    mask touches a concept of the same category. Returns (taus, 2, C, K): IoU, and the same with
+    the masks of other images.
+    """
+    n, c = maps.shape[:2]
+    values = maps.transpose(0, 1).flatten(1)
+    at = values.shape[1] - 1 - (torch.tensor(taus) * values.shape[1]).long()
+    levels = torch.stack([v.sort()[0][at.to(v.device)] for v in values])  # (C, taus)
+    other = torch.randperm(n, generator=make_generator('other masks'))
+    groups = F.one_hot(torch.as_tensor(categories)).T.to(maps.device).float()  # (G, K)
+    both, area = (maps.new_zeros(len(taus), 2, c, masks.shape[1]) for _ in range(2))
+    for i in range(0, n, 100):
+        a = F.interpolate(maps[i:i + 100], masks.shape[-2:], mode='bilinear').flatten(2)
+        pair = [masks[i:i + 100], masks[other[i:i + 100]]]
+        pair = [m.to(maps.device).flatten(2).float() for m in pair]
+        for t in range(len(taus)):
+            on = (a > levels[:, t, None]).float()  # (n, C, pixels)
+            for s, m in enumerate(pair):
+                hit = torch.bmm(on, m.transpose(1, 2))  # (n, C, K)
+                touched = (hit @ groups.T > 0).float() @ groups  # back to (n, C, K)
+                both[t, s] += hit.sum(0)
+                area[t, s] += (on.sum(2, keepdim=True) * touched).sum(0)
+    size = masks.flatten(2).sum((0, 2)).to(maps.device).float()
+    return both / (area + size - both).clamp(min=1)
+
+
+def detectors(iou, cut=IOU, lift=LIFT):
+    """(..., 2, C, K) of `dissect` -> which unit detects which concept (..., C, K) bool."""
+    own, shuffled = iou.unbind(-3)
+    return (own > cut) & (own > lift * shuffled)
+
+
+def unit_labels(iou, categories, among):
+    """The concept of largest IoU of each unit among those categories that it detects, -1 for
+    none: (..., C)."""
+    found = detectors(iou) & torch.tensor([c in among for c in categories], device=iou.device)
+    best = torch.where(found, iou.select(-3, 0), -1.0)
+    return torch.where(found.any(-1), best.argmax(-1), -1)
+
+
+# ------------------------------------------------------- simplicity 3: fewer types of inputs
+
+def effective_number(labels):
+    """exp of the entropy of the labels of each row: (C, T) -> (C,)."""
+    out = []
+    for row in labels:
+        p = row.bincount().float() / len(row)
+        out.append(torch.special.entr(p).sum().exp())
+    return torch.stack(out)
+
+
+def patches_at(x, rows, columns):
+    """PATCH x PATCH pixels around (row, column) of each image, reflected at the border."""
+    half = PATCH // 2
+    x = F.pad(x, (half,) * 4, mode='reflect')
+    span = torch.arange(PATCH, device=x.device)
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    return x[image, :, (rows[:, None] + span)[:, :, None], (columns[:, None] + span)[:, None]]
+
+
+def mean_distance(patches):
+    """Mean distance of all pairs of rows: (T, D) -> ()."""
+    n = len(patches)
+    return torch.cdist(patches, patches).sum() / (n * (n - 1))
+
+
+def input_types(model, probe):
+    """What the images that excite a channel most have in common, per stage and channel: the
+    effective number of each label among the TOP, and the distance of their patches around the
+    maximum (blurred), relative to random patches."""
+    x, labels = probe['x'], probe['labels']
+    smooth, size = blur(x, 1.0), x.shape[-1]
+    top = min(TOP, len(x) // 2)
+    generator = make_generator('patches')
+    where = torch.randint(size, (2, min(len(x), 500)), generator=generator).to(x.device)
+    random = mean_distance(patches_at(smooth[:where.shape[1]], *where).flatten(1))
+    stages = []
+    for name, a in stage_maps(model, x):
+        peak, at = a.flatten(2).max(2)  # (N, C)
+        dead = peak.amax(0) == peak.amin(0)
+        best = peak.topk(top, 0)[1].T  # (C, top)
+        row = dict(name=name)
+        for label, values in labels.items():
+            number = effective_number(values.to(x.device)[best])
+            row[label] = common.pack(torch.where(dead, math.nan, number))
+        h, w = a.shape[-2:]
+        distance = []
+        for c in range(a.shape[1]):
+            place = at[best[c], c]
+            rows, columns = ((v.float() + 0.5) * size / s for v, s in (
+                (place // w, h), (place % w, w)))
+            found = patches_at(smooth[best[c]], rows.long(), columns.long())
+            distance.append(mean_distance(found.flatten(1)) / random)
+        row['patches'] = common.pack(torch.where(dead, math.nan, torch.stack(distance)))
+        stages.append(row)
+    chance = {label: effective_number(torch.stack([values[torch.randperm(
+        len(x), generator=generator)[:top]] for _ in range(100)])).mean().item()
+        for label, values in labels.items()}
+    return dict(stages=stages, chance=chance | dict(patches=1.0))
+
+
+# -------------------------------------------------------------------------------- ablation
+
+def ablate_channels(model, x, groups, shape, texture, batch=250):
+    """Zero each channel of each stage in turn. Per stage: channels and how many of the images
+    decided for the shape, and for the texture, are decided so no longer: (2, channels)."""
+    parts, stages, a = pieces(model), [], x
+    shape, texture = shape.to(x.device), texture.to(x.device)
+    with common.frozen(model), torch.no_grad():
+        decided = decide(torch.cat([common.final_logits(model(b)) for b in x.split(batch)]),
+                         groups)
+        for j, (name, function) in enumerate(parts[:-1]):
+            a = torch.cat([function(b) for b in a.split(batch)])
+            n = a.shape[1]
+            chosen = np.unique(np.linspace(0, n - 1, min(n, CHANNELS)).round().astype(int))
+            lost = []
+            for c in chosen:
+                logits = []
+                for b in a.split(batch):
+                    b = b.clone()
+                    b[:, c] = 0
+                    for _, after in parts[j + 1:]:
+                        b = after(b)
+                    logits.append(b)
+                now = decide(torch.cat(logits), groups)
+                lost.append([((decided == cue) & (now != cue)).sum().item()
+                             for cue in (shape, texture)])
+            stages.append(dict(name=name, channels=chosen.tolist(), lost=np.array(lost).T))
+    return dict(stages=stages, decided=[(decided == cue).sum().item()
+                                        for cue in (shape, texture)])
+
+
+def accuracy_without(model, x, y, zeroed, batch=250):
+    """Accuracy with channels zeroed in every stage at once; zeroed: {stage: channels}."""
+    correct = 0
+    with common.frozen(model), torch.no_grad():
+        for a, b in zip(x.split(batch), y.split(batch)):
+            for name, function in pieces(model):
+                a = function(a)
+                if len(zeroed.get(name, ())):
+                    a[:, zeroed[name]] = 0
+            correct += (a.argmax(1) == b).sum().item()
+    return correct / len(y)
+
+
+def ablate_concepts(models, found, categories, sets, y):
+    """Zero the detectors of a category in S and R, in each stage as many in one as in the other,
+    those of highest IoU first; and as many random channels, five times.
+
+    found: {arm: {stage: IoU (2, C, K) at TAU}}; sets: {name: images}. Returns {category:
+    {channels: number, arm: {set: [accuracy, without detectors, without random ones]}}}.
+    """
+    out = {}
+    for category in dict.fromkeys(categories):
+        chosen = {arm: {} for arm in models}
+        for stage in next(iter(found.values())):
+            units = {}
+            for arm in models:
+                iou = found[arm][stage]
+                on = detectors(iou)[:, [c == category for c in categories]]
+                best = iou[0][:, [c == category for c in categories]].masked_fill(~on, 0).amax(1)
+                units[arm] = best.argsort(descending=True, stable=True)[:int((best > 0).sum())]
+            few = min(map(len, units.values()))
+            for arm in models:
+                chosen[arm][stage] = units[arm][:few]
+        number = sum(map(len, next(iter(chosen.values())).values()))
+        out[category] = dict(channels=number)
+        for arm, model in models.items() if number else ():
+            rows = {}
+            for name, x in sets.items():
+                generator = make_generator('random channels', category)
+                random = [accuracy_without(model, x, y, {
+                    stage: torch.randperm(found[arm][stage].shape[1],
+                                          generator=generator)[:len(units)]
+                    for stage, units in chosen[arm].items()}) for _ in range(5)]
+                rows[name] = [accuracy_without(model, x, y, {}),
+                              accuracy_without(model, x, y, chosen[arm]), np.mean(random)]
+            out[category][arm] = rows
+    return out
+
+
+# --------------------------------------------------------------------------- dimensionality
+
+def factor_pairs(n, size, factor, device):
+    """Two sets of n images, pair by pair alike in `factor` ('outline' or 'texture') alone."""
+    i = torch.arange(n)
+    shared, first, second = i % 10, (i // 10) % 10, (i // 10 + 1 + i // 100 % 9) % 10
+    out = []
+    for part, other in (('a', first), ('b', second)):
+        generator = make_generator('pairs', common.SHAPES_VERSION, factor, part)
+        cues = dict(outline=shared, texture=other) if factor == 'outline' else \
+            dict(outline=other, texture=shared)
+        params = common.shape_parameters(n, generator, **cues)
+        image = common.render_shapes(params, size)['image']
+        noise = common.SHAPES['noise'] * torch.randn(image.shape, generator=generator)
+        out.append((image + noise).clamp(0, 1).to(device))
+    return out
+
+
+def covariance_terms(za, zb):
+    """Per pair: (sum over units of the product of deviations, of their mean square), whose
+    ratio of means is rho, 1 for equal and 0 for unrelated features (Islam et al. 2021)."""
+    mean = torch.cat((za, zb)).mean(0)
+    a, b = za - mean, zb - mean
+    return (a * b).sum(1), (a.square() + b.square()).sum(1) / 2
+
+
+def dimension_shares(rho_outline, rho_texture):
+    """Shares of the dimensions for outline, texture and the rest: softmax over (rho, rho, 1)."""
+    e = np.exp([rho_outline, rho_texture, 1.0])
+    return e / e.sum()
+
+
+def dimensions(model, pairs):
+    """Per stage, of the mean activations: {factor: terms (2, n)}."""
+    stages = []
+    for factor, (a, b) in pairs.items():
+        for j, ((name, u), (_, v)) in enumerate(zip(stage_maps(model, a), stage_maps(model, b))):
+            terms = covariance_terms(u.mean((2, 3)).double(), v.mean((2, 3)).double())
+            if j == len(stages):
+                stages.append(dict(name=name))
+            stages[j][factor] = common.pack(torch.stack(terms).float())
+    return stages
+
+
+# ---------------------------------------------------------------------------- the experiment
+
+def conflict_textures(n):
+    """Textures j != i for outlines 0, 1, ..., 9, 0, ...: all 90 pairs equally often."""
+    i = torch.arange(n)
+    return (i + 1 + i // 10 % 9) % 10
+
+
+def draw_images(n, key, size, texture, reverse=False):
+    """(x uint8, outline, texture) of `shapes` with outline 0, 1, ..., 9, 0, ... and the textures
+    given (n,); reverse: faint outlines and strong textures (REVERSED)."""
+    generator = make_generator('shape-bias', common.SHAPES_VERSION, key)
+    params = common.shape_parameters(n, generator, texture=texture)
+    if reverse:
+        way = params['colour'] - params['background']
+        low, high = REVERSED['distance']
+        reach = low + (high - low) * torch.rand(n, 1, generator=generator)
+        way = way / way.abs().amax(1, keepdim=True) * reach
+        params['colour'] = (params['background'] + way).clamp(0.05, 0.95)
+        low, high = REVERSED['contrast']
+        params['contrast'] = low + (high - low) * torch.rand(n, generator=generator)
+    image = torch.cat([common.render_shapes({k: v[i:i + 1000] for k, v in params.items()},
+                                            size)['image'] for i in range(0, n, 1000)])
+    image = image + common.SHAPES['noise'] * torch.randn(image.shape, generator=generator)
+    return (image.clamp(0, 1) * 255).round().byte(), params['outline'], params['texture']
+
+
+def retextured(data, reverse):
+    """`shapes` for other trainings; the label is always the outline. Without `reverse` textures
+    are random; with it they are REVERSED."""
+    n, m, size = len(data.train[1]), len(data.val[1]), data.shape[-1]
+    name = 'reversed' if reverse else 'random'
+    generator = make_generator('textures', name)
+    texture = torch.randint(10, (n + m,), generator=generator)
+    if reverse:
+        agree = torch.rand(n + m, generator=generator) < REVERSED['agreement']
+        texture = torch.where(agree, torch.arange(n + m) % 10, texture)
+    x, y, _ = (v.to(data.val[1].device)
+               for v in draw_images(n + m, name, size, texture, reverse))
+    return common.Data('shapes', data.classes, (x[:n], y[:n]), (x[n:], y[n:]), data.test,
+                       data.pad, data.flip)
+
+
+def build(arch, classes, shape, seed, stem=0):
+    """make_model, with a first convolution of `stem` x `stem` pixels where asked for: filters
+    of 3 x 3 have little to be smooth with."""
+    model = common.make_model(arch, classes, shape, seed)
+    if stem:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.conv1 = nn.Conv2d(shape[0], model.conv1.out_channels, stem, 1, stem // 2,
+                                    bias=False)
+    return model
+
+
+def arm_names(args):
+    """{arm: (method, eps)} of the networks that are trained, weakest first, and the name of
+    the main robust one."""
+    def name(eps):
+        return common.eps_text(dict(norm=args.norm, eps=eps))
+    arms = {'untrained': (None, 0.0), 'standard': ('standard', 0.0)}
+    arms |= {name(eps): ('pgd', eps) for eps in args.ladder}
+    if args.dataset == 'shapes':
+        arms['random textures'] = ('standard', 0.0)
+    return arms, name(args.eps)
+
+
+def at_eps(args, eps):
+    """args for another eps, its step in proportion."""
+    return argparse.Namespace(**vars(args) | dict(eps=eps, step_size=args.step_size
+                                                  * (eps / args.eps)))
+
+
+def train_arms(args, data, arms, seed, device, results, rows):
+    """{arm: network}, trained or taken from runs/models, and for `shapes` the two of the
+    reversed control."""
+    def train(name, data, method, eps, extra):
+        setting = at_eps(args, eps) if eps else args
+        common.log.info('%s (seed %d)', name, seed)
+        trained = common.train_model(setting, data, method, seed, device, build=builder,
+                                     extra=extra or None)
+        results[f'collapsed-{name}-s{seed}'] = trained['collapsed']
+        rows.extend(dict(arm=name) | h for h in trained['history'])
+        return common.restore(trained, 'best', args, data, device, builder)
+
+    builder = partial(build, stem=args.stem)
+    extra, models, pair = dict(stem=args.stem) if args.stem else {}, {}, {}
+    for name, (method, eps) in arms.items():
+        if method is None:
+            models[name] = builder(args.arch, len(data.classes), data.shape, seed).to(device)
+            continue
+        other = name == 'random textures'
+        models[name] = train(name, retextured(data, False) if other else data, method, eps,
+                             extra | (dict(textures='random') if other else {}))
+    if data.name == 'shapes':
+        other = retextured(data, True)
+        for name, method, eps in (('standard', 'standard', 0), ('robust', 'pgd', args.eps)):
+            pair[name] = train(f'reversed {name}', other, method, eps,
+                               extra | dict(reversed=REVERSED))
+    return models, pair
+
+
+def given_arms(args, classes, shape, device):
+    """{'standard', 'robust': network} from --weights and --robust-weights."""
+    models = {}
+    for seed, (name, weights) in enumerate((('standard', args.weights),
+                                            ('robust', args.robust_weights))):
+        if weights:
+            models[name] = common.make_model(
+                args.arch, len(classes), shape, seed,
+                None if weights == 'random' else weights).to(device).eval()
+    return models
+
+
+def measure_views(args, data, models):
+    """{arm: {'group/name': correct}} on every view of the test images and under PGD-20."""
+    x, y = data.test
+    x, out = common.to_float(x), {arm: {} for arm in models}
+    for group, name, image in views(data, x):
+        for arm, model in models.items():
+            out[arm][f'{group}/{name}'] = common.pack(common.correct_under(model, image, y))
+    attack = partial(common.pgd, eps=args.eps, norm=args.norm, steps=20, step_size=args.eps / 4,
+                     loss='margin', drop_fooled=True)
+    for arm, model in models.items():
+        generator = make_generator('test', device=x.device)
+        out[arm]['attack/PGD-20'] = common.pack(common.correct_under(
+            model, x, y, partial(attack, generator=generator)))
+    return out
+
+
+def conflict_sets(args, data, stimuli):
+    """{name: (images, cue 1, cue 2, groups)}: images on which two cues name two classes."""
+    sets = {}
+    if data:
+        x, y = common.to_float(data.test[0]), data.test[1]
+        singles = [[k] for k in range(len(data.classes))]
+        if data.name == 'shapes':
+            image, shape, texture = draw_images(900, 'conflict', x.shape[-1],
+                                                conflict_textures(900))
+            sets['shapes'] = common.to_float(image).to(x.device), shape, texture, singles
+        other = partners(y)
+        sets['phase'] = phase_of(x, x[other]), y, y[other], singles
+        sets['low'] = hybrid(x, x[other]), y, y[other], singles
+    if stimuli:
+        image, shape, texture, groups = stimuli['conflict']
+        sets['stimuli'] = image, shape, texture, list(groups.values())
+    return sets
+
+
+def measure_conflicts(models, sets, stimuli, classes):
+    """{arm: {set: decisions}}. 'stimuli, all classes': among all classes, -1 for those that are
+    no category; 'edges', 'silhouettes': whether the category is right."""
+    out = {arm: {} for arm in models}
+    for arm, model in models.items():
+        for name, (x, _, _, groups) in sets.items():
+            logits = logits_of(model, x)
+            out[arm][name] = common.pack(decide(logits, groups).short())
+            if name == 'stimuli' and len(classes) != 1000:
+                category = torch.full((len(classes),), -1, dtype=torch.long)
+                for i, group in enumerate(groups):
+                    category[group] = i
+                out[arm]['stimuli, all classes'] = common.pack(
+                    category[logits.argmax(1).cpu()].short())
+        for name in ('edges', 'silhouettes'):
+            if stimuli and stimuli[name]:
+                x, y = stimuli[name]
+                groups = list(stimuli['conflict'][3].values())
+                out[arm][name] = common.pack(decide(logits_of(model, x), groups).cpu() == y)
+    return out
+
+
+def measure_concepts(args, data, models, main, probe):
+    """Dissection of every network at every threshold, and concept ablation of S and R."""
+    names = [category for category, _ in probe['concepts']]
+    ids = [sorted(set(names)).index(c) for c in names]
+    lower = [c for c in dict.fromkeys(names) if c != 'layout']
+    out, found = {}, {}
+    for arm, model in models.items():
+        out[arm], found[arm] = [], {}
+        for stage, maps in stage_maps(model, probe['x']):
+            iou = dissect(maps, probe['masks'], ids)
+            found[arm][stage] = iou[TAUS.index(TAU)].cpu()
+            any_of = torch.stack([detectors(iou)[..., [n == c for n in names]].any(-1)
+                                  for c in dict.fromkeys(names)], -1)
+            best = iou[:, 0][..., [n in lower for n in names]].argmax(-1)
+            out[arm].append(dict(
+                name=stage, label=common.pack(unit_labels(iou, names, lower).short()),
+                uncut=common.pack(best.short()), any_of=common.pack(any_of),
+                number=common.pack(detectors(iou).sum(-1).short())))
+    ablation = None
+    if data and 'standard' in models and main in models:
+        x, y = (v[:500] for v in data.test)
+        x = common.to_float(x)
+        sets = dict(natural=x, noise=corrupt(x, 'noise', 1))
+        if x.shape[-1] % 2 == 0:
+            sets['scrambled'] = common.permute_patches(x, derangement(2))
+        if data.name == 'shapes':
+            flat, _ = common.make_shapes(len(data.test[1]), 'test', x.shape[-1], 'outline_only')
+            sets['flat fill'] = common.to_float(flat[:500]).to(x.device)
+        pair = {arm: models[arm] for arm in ('standard', main)}
+        ablation = ablate_concepts(pair, {arm: found[arm] for arm in pair}, names, sets, y)
+    return dict(arms=out, ablation=ablation,
+                area=(probe['masks'].float().mean((0, 2, 3))).tolist())
+
+
+def measure_reversed(pair, size, args, y_device):
+    """Decisions of the two networks of the reversed control on its own conflicts, and accuracy
+    on new images whose texture agrees with the outline."""
+    x, outline, texture = draw_images(900, 'reversed conflict', size, conflict_textures(900),
+                                      True)
+    plain, y, _ = draw_images(500, 'reversed test', size, None, True)
+    x, plain, y = (v.to(y_device) for v in (x, plain, y))
+    attack = partial(common.pgd, eps=args.eps, norm=args.norm, steps=20, step_size=args.eps / 4,
+                     loss='margin', drop_fooled=True)
+    out = dict(outline=common.pack(outline.short()), texture=common.pack(texture.short()),
+               images=common.pack(x[:4]))
+    for name, model in pair.items():
+        generator = make_generator('test', device=x.device)
+        out[name] = dict(
+            decisions=common.pack(logits_of(model, common.to_float(x)).argmax(1).short()),
+            natural=common.correct_under(model, plain, y).float().mean().item(),
+            robust=common.correct_under(model, plain, y, partial(
+                attack, generator=generator)).float().mean().item())
+    return out
+
+
+def identity(path):
+    """A name for a folder or file by its contents, free of where it lies."""
+    path = Path(path)
+    if path.is_dir():
+        names = sorted(str(p.relative_to(path)) for p in path.rglob('*') if p.is_file())
+        return f'{path.name}-{common.short_hash(names)}'
+    return f'{path.name}-{common.short_hash(path.stat().st_size)}' if path.exists() else str(path)
+
+
+def check(args):
+    """What argparse cannot see. Raises UserError."""
+    if args.robust_weights and not args.weights:
+        raise common.UserError('--robust-weights needs --weights for the standard network')
+    if args.weights and len(args.seeds) > 1:
+        raise common.UserError('--weights gives one network: use one of --seeds')
+    if args.stem and (args.weights or not args.arch.startswith(('resnet18', 'preact', 'wrn'))):
+        raise common.UserError('--stem goes with resnet18, preact-resnet18 and wrn-* trained '
+                               'here')
+    if args.stem and args.stem % 2 == 0:
+        raise common.UserError('--stem must be odd')
+    if args.norm == 'linf' and args.ladder and max(args.ladder) >= 1:
+        raise common.UserError(f'--ladder {max(args.ladder):g} is outside (0, 1); did you mean '
+                               f'{max(args.ladder):g}/255?')
+    imagenet = args.weights and args.dataset == 'shapes' and args.arch in (
+        'alexnet', 'googlenet', 'resnet50')
+    if imagenet and not args.cue_conflict_dir:
+        raise common.UserError(f'--arch {args.arch} with --weights needs --cue-conflict-dir, or '
+                               'its images with --dataset folder:PATH')
+    return bool(imagenet)
+
+
+def study(args):
+    """Train and measure; returns (folder, results)."""
+    device = common.pick_device(args.device)
+    imagenet = check(args)
+    args.ladder = sorted({*(args.ladder or [f * args.eps for f in LADDER]), args.eps})
+    paths = {k: getattr(args, k) for k in ('cue_conflict_dir', 'probe_dir', 'weights',
+                                           'robust_weights')}
+    for key, path in paths.items():  # results do not depend on where files lie
+        setattr(args, key, path and identity(path))
+    folder, config = common.start_run('shape_bias', args)
+    vars(args).update(paths)
+    data, shape, classes = None, (3, args.image_size, args.image_size), range(1000)
+    if imagenet:
+        shape = (3, 224, 224)
+    else:
+        data = common.load_data(args.dataset, args.data_root, trust=args.trust_data,
+                                train_size=args.train_size, test_size=args.test_size,
+                                image_size=args.image_size, pad=args.pad, device=device)
+        shape, classes = data.shape, data.classes
+    results = common.load_results(folder, config, __file__, args.fresh)
+    stimuli = load_stimuli(args.cue_conflict_dir, classes, shape, device)
+    sets = conflict_sets(args, data, stimuli)
+    probe = natural_probe(data, sets, device)
+    masked = read_probe(args.probe_dir, shape[-1], device) if args.probe_dir else \
+        probe if 'masks' in probe else None
+    arms, main = arm_names(args) if not args.weights else \
+        (dict.fromkeys(['standard', 'robust'][:1 + bool(args.robust_weights)]), 'robust')
+    results |= dict(
+        arms=list(arms), robust=main, classes=list(classes), shape=shape,
+        eps={a: v[1] for a, v in arms.items() if v}, groups=list(
+            stimuli['conflict'][3]) if stimuli else [],
+        cues={n: dict(shape=common.pack(s[1].short()), texture=common.pack(s[2].short()))
+              for n, s in sets.items()},
+        concepts=masked['concepts'] if masked else [])
+    rows, pair = [], {}
+    for seed in args.seeds:
+        if args.weights:
+            models = given_arms(args, classes, shape, device)
+        else:
+            models, pair = train_arms(args, data, arms, seed, device, results, rows)
+            common.write_metrics(folder / 'metrics.csv', rows)
+
+        def measure(part, function, seed=seed):
+            common.log.info('measuring %s', part)
+            return common.measure(results, f'{part}-s{seed}', function, folder)
+
+        if data:
+            measure('views', lambda: measure_views(args, data, models))
+        measure('conflict', lambda: measure_conflicts(models, sets, stimuli, classes))
+        measure('filters', lambda: {arm: smoothness(m) for arm, m in models.items()})
+        measure('maps', lambda: {arm: map_variation(m, probe['x'][:500])
+                                 for arm, m in models.items()})
+        measure('inputs', lambda: {arm: input_types(m, probe) for arm, m in models.items()})
+        if masked:
+            measure('concepts', lambda: measure_concepts(args, data, models, main, masked))
+        exact = sets.get('shapes') or sets.get('stimuli')
+        if exact:
+            x, first, second, groups = exact
+            measure('ablation', lambda: {arm: ablate_channels(m, x, groups, first, second)
+                                         for arm, m in models.items() if arm != 'untrained'})
+        if pair:
+            pairs = {f: factor_pairs(1000, shape[-1], f, device) for f in ('outline', 'texture')}
+            measure('dimensions', lambda: {arm: dimensions(m, pairs)
+                                           for arm, m in models.items()})
+            measure('reversed', lambda: measure_reversed(pair, shape[-1], args, device))
+    common.measure(results, 'gallery', lambda: gallery(data, sets, stimuli), folder)
+    return folder, json.loads(Path(folder, 'results.json').read_text())
+
+
+def load_stimuli(folder, classes, shape, device):
+    """Geirhos' stimuli for a network's categories: dict conflict (x, shape, texture, groups),
+    edges and silhouettes (x, category) or None; None without a folder."""
+    if not folder:
+        return None
+    if shape[0] != 3:
+        raise common.UserError('--cue-conflict-dir needs a data set in colour')
+    groups = category_groups(classes)
+    if len(groups) < 2:
+        raise common.UserError('--cue-conflict-dir: fewer than two classes of the data set are '
+                               'among ' + ', '.join(SIXTEEN))
+    beside = {name: read_class_folder(Path(folder).resolve().parent / directory, groups,
+                                      shape[-1], device)
+              for name, directory in (('edges', 'edges'), ('silhouettes', 'filled-silhouettes'))}
+    return dict(conflict=(*read_stimuli(folder, groups, shape[-1], device), groups), **beside)
+
+
+def natural_probe(data, sets, device):
+    """The images that units are probed with: `make_probe` for shapes, else up to 1000 test
+    images or the stimuli."""
+    if data and data.name == 'shapes':
+        return make_probe(1000, data.shape[-1], device)
+    if data:
+        x, y = (v[:1000] for v in data.test)
+        return dict(x=common.to_float(x), labels={'class': y.cpu()})
+    x, shape, texture, _ = sets['stimuli']
+    return dict(x=x, labels=dict(shape=shape, texture=texture))
+
+
+def gallery(data, sets, stimuli):
+    """Three images in every view, and of every conflict set, for the figures."""
+    def few(x):
+        return common.pack((x[:3] * 255).round().byte().cpu())
+    found = {}
+    if data:
+        x = common.to_float(data.test[0])
+        for group, name, image in views(data, x):
+            if group in CORRUPTIONS and name != '3' or 'pass' in group and name != '0.3':
+                continue
+            label = name if group not in CORRUPTIONS and 'pass' not in group else \
+                f'{group} {name}'
+            found[label] = few(image)
+    titles = dict(shapes='cue conflict', phase='phase, amplitude', low='low + high',
+                  stimuli='stimuli')
+    found |= {titles[name]: few(s[0]) for name, s in sets.items() if data or name == 'stimuli'}
+    for name in ('edges', 'silhouettes'):
+        if stimuli and stimuli[name]:
+            found[f'stimuli: {name}'] = few(stimuli[name][0])
+    return found
+
+
+# ---------------------------------------------------------------------------- reading results
+
+def runs(results, part, arm):
+    """What a part measured on an arm, one entry per seed."""
+    found = [results[f'{part}-s{s}'] for s in results['config']['seeds']]
+    return [f['arms'][arm] if 'arms' in f else f[arm] for f in found]
+
+
+def seen(results, arm, *names):
+    """(seeds, images): the share of the views 'group/name' on which the arm is right."""
+    return np.mean([np.stack([common.unpack(r[name]) for r in runs(results, 'views', arm)])
+                    for name in names], 0, dtype=float)
+
+
+def in_group(results, group):
+    """The views of a group, 'group/name', in order."""
+    return [v for v in runs(results, 'views', results['arms'][0])[0]
+            if v.startswith(group + '/')]
+
+
+def decided(results, arm, name):
+    """Two arrays (seeds, images) of 0.0 and 1.0: decided for the first cue (shape, phase, low
+    frequencies), and for the second one."""
+    cues = results['cues'][name.split(',')[0]]
+    shape, texture = (common.unpack(cues[c]) for c in ('shape', 'texture'))
+    d = np.stack([common.unpack(r[name]) for r in runs(results, 'conflict', arm)])
+    return by_cue(d, shape, texture)
+
+
+def reversed_decided(results, name):
+    """The same for a network of the reversed control."""
+    found = [results[f'reversed-s{s}'] for s in results['config']['seeds']]
+    return by_cue(np.stack([common.unpack(run[name]['decisions']) for run in found]),
+                  *(common.unpack(found[0][cue]) for cue in ('outline', 'texture')))
+
+
+def coverage(shape, texture):
+    """Share of the conflicts decided for either cue."""
+    return np.mean(shape + texture)
+
+
+def units(results, part, arm, key, stages=None):
+    """(seeds, channels) of a per-channel measure, of all stages, or those numbered, in a row."""
+    out = []
+    for run in runs(results, part, arm):
+        rows = run if isinstance(run, list) else run.get('layers', run.get('stages'))
+        rows = [rows[i] for i in stages] if stages else rows
+        out.append(np.concatenate([common.unpack(row[key]) for row in rows], -1))
+    return np.stack(out).astype(float)
+
+
+def stage_names(results, part='maps'):
+    run = runs(results, part, 'standard')[0]
+    return [row['name'] for row in (run if isinstance(run, list) else
+                                    run.get('layers', run.get('stages')))]
+
+
+def labelled(results, arm, tau=TAU, key='label'):
+    """(seeds, channels): the category each unit detects at a threshold, '' for none."""
+    names = np.array([category for category, _ in results['concepts']] + [''])
+    return names[np.stack([np.concatenate([common.unpack(stage[key])[TAUS.index(tau)]
+                                           for stage in run])
+                           for run in runs(results, 'concepts', arm)])]
+
+
+def scores(results, arm):
+    """(2, channels) of the first seed: share of the shape and of the texture decisions lost when
+    a channel is zeroed; and the number of the stage of each channel."""
+    run = runs(results, 'ablation', arm)[0]
+    lost = np.concatenate([np.array(stage['lost']) for stage in run['stages']], 1)
+    stage = np.repeat(range(len(run['stages'])), [len(s['channels']) for s in run['stages']])
+    return lost / np.maximum(run['decided'], 1)[:, None], stage
+
+
+def leaning(results, arm):
+    """(seeds, channels): 1 where zeroing a channel loses a larger share of the shape decisions
+    than of the texture decisions, 0 where a smaller, nan where it loses none of either."""
+    out = []
+    for run in runs(results, 'ablation', arm):
+        lost = np.concatenate([np.array(stage['lost']) for stage in run['stages']], 1)
+        shape, texture = lost / np.maximum(run['decided'], 1)[:, None]
+        out.append(np.where(shape == texture, np.nan, shape > texture))
+    return np.stack(out)
+
+
+def conflict_name(results):
+    """The set that shape bias is judged on."""
+    return next((n for n in ('shapes', 'stimuli') if n in results['cues']), None)
+
+
+# -------------------------------------------------------------------------------- the figures
+
+def colours(results):
+    """{arm: colour}: grey, black, reds that darken with eps, green."""
+    robust = [a for a in results['arms'] if a not in ('untrained', 'standard',
+                                                      'random textures')]
+    reds = colormaps['OrRd'](np.linspace(0.45, 0.85, len(robust))) if len(robust) > 1 else \
+        [common.METHOD_COLOURS['pgd']]
+    return {'untrained': '0.65', 'standard': '#000000', 'random textures': '#009E73'} | dict(
+        zip(robust, reds))
+
+
+def called(results, arm):
+    """The arm in a legend."""
+    return f'robust, {arm}' if arm.startswith(('eps', 'l2')) else \
+        'trained on random textures' if arm == 'random textures' else arm
+
+
+def draw(results, folder):
+    """All figures that the run's data allow, from results.json alone."""
+    parts = {key.split('-s')[0] for key in results}
+    figure_views(results, folder)
+    if conflict_name(results):
+        figure_bias(results, folder)
+    if 'views' in parts:
+        figure_missing(results, folder)
+        figure_corruptions(results, folder)
+        figure_frequency(results, folder)
+    figure_filters(results, folder)
+    figure_smoothness(results, folder)
+    figure_noise(results, folder)
+    if results['concepts']:
+        figure_dissection(results, folder)
+        if runs_ablation(results):
+            figure_concept_ablation(results, folder)
+    figure_inputs(results, folder)
+    if 'ablation' in parts:
+        figure_ablation(results, folder)
+    if 'dimensions' in parts:
+        figure_dimensions(results, folder)
+        figure_reversed(results, folder)
+    if results['groups']:
+        figure_stimuli(results, folder)
+
+
+def figure_views(results, folder):
+    shown, width = list(results['gallery'].items()), 9
+    blocks = -(-len(shown) // width)
+    fig, axes = common.new_figure(2 * blocks, width, 9.4, 2.25 * blocks)
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    for i, (name, images) in enumerate(shown):
+        for row, image in enumerate(common.unpack(images)[:2]):
+            axis = axes[2 * (i // width) + row, i % width]
+            axis.set_axis_on()
+            common.show_image(axis, image / 255, name.replace(' ', '\n', 1) if row == 0 else '')
+            axis.title.set_fontsize(7)
+    fig.suptitle('What the networks are shown: two images in every version')
+    common.save_figure(fig, folder, 'fig1_views')
+
+
+def points_with_intervals(axis, results, arms, interval, crosses=None, crossed=''):
+    """One dot with its 95 % interval per arm, in percent; crosses: {arm: another measure}."""
+    for i, arm in enumerate(arms):
+        value, low, high = 100 * np.array(interval(arm))
+        axis.errorbar(i, value, [[max(value - low, 0)], [max(high - value, 0)]], fmt='o', ms=6,
+                      color=colours(results)[arm], capsize=3)
+        if crosses:
+            axis.plot(i, 100 * crosses[arm], 'x', ms=6, color=colours(results)[arm],
+                      label=crossed if i == 0 else None)
+    axis.set_xticks(range(len(arms)), [called(results, a).replace(', ', ',\n').replace(
+        ' on ', '\non ') for a in arms], fontsize=7)
+    axis.set(ylim=(-3, 103), xlim=(-0.5, len(arms) - 0.5))
+
+
+def figure_bias(results, folder):
+    name = conflict_name(results)
+    classes = results['classes'] if name == 'shapes' else results['groups']
+    cues = common.unpack(results['cues'][name]['shape'])
+    fig, axes = common.new_figure(1, 2, 9.0, 3.8)
+    for arm in results['arms']:
+        s, t = decided(results, arm, name)
+        rates = [100 * shape_bias(s[:, cues == k], t[:, cues == k]) for k in range(len(classes))]
+        axes[0, 0].plot(rates, range(len(classes)), 'o', ms=5, color=colours(results)[arm],
+                        label=called(results, arm))
+        axes[0, 0].axvline(100 * shape_bias(s, t), color=colours(results)[arm], lw=1)
+    axes[0, 0].set_yticks(range(len(classes)), classes)
+    axes[0, 0].set(xlim=(-3, 103), xlabel='shape bias: decided for the shape, of those decided\n'
+                   'for shape or texture (%); lines: all classes', ylabel='class of the shape')
+    points_with_intervals(
+        axes[0, 1], results, results['arms'],
+        lambda arm: common.bootstrap(shape_bias, *decided(results, arm, name)),
+        {arm: coverage(*decided(results, arm, name)) for arm in results['arms']},
+        'coverage: conflicts decided for either')
+    axes[0, 1].axhline(50, color='0.6', ls=':', lw=1)
+    chance = 200 / len(classes)
+    axes[0, 1].axhline(chance, color='0.6', ls='--', lw=1, label='coverage by chance')
+    axes[0, 1].set(ylabel='shape bias with 95 % interval (%)')
+    axes[0, 1].legend(loc='best', fontsize=7)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=5,
+               fontsize=8)
+    common.save_figure(fig, folder, 'fig2_shape_bias')
+
+
+def figure_missing(results, folder):
+    names = in_group(results, 'texture-less') + in_group(results, 'shape-less')
+    fig, axes = common.new_figure(1, 1, 6.4, 0.28 * len(names) + 1.6)
+    axis = axes[0, 0]
+    for arm in results['arms']:
+        if arm == 'untrained':
+            continue
+        natural = seen(results, arm, 'natural/natural').mean()
+        values = [100 * seen(results, arm, n).mean() / natural for n in names]
+        axis.plot(values, range(len(names)), 'o', ms=6, alpha=0.8, color=colours(results)[arm],
+                  label=called(results, arm))
+    axis.axvline(100 / len(results['classes']), color='0.6', ls='--', lw=1,
+                 label='chance, for a perfect network')
+    axis.axhline(len(in_group(results, 'texture-less')) - 0.5, color='0.3', lw=0.8)
+    axis.set_yticks(range(len(names)), [n.split('/')[1] for n in names])
+    axis.invert_yaxis()
+    axis.set(xlim=(-3, 108), xlabel='accuracy, of that on natural images (%)',
+             title='Above the line texture is missing, below it shape')
+    fig.legend(*axis.get_legend_handles_labels(), loc='outside lower center', ncols=2,
+               fontsize=8)
+    common.save_figure(fig, folder, 'fig3_missing_cues')
+
+
+def figure_corruptions(results, folder):
+    fig, axes = common.new_figure(2, 3, 7.6, 4.6, sharex=True, sharey=True)
+    for axis, (name, values) in zip(axes.ravel(), CORRUPTIONS.items()):
+        for arm in results['arms']:
+            if arm != 'untrained':
+                y = [100 * seen(results, arm, v).mean()
+                     for v in ['natural/natural', *in_group(results, name)]]
+                axis.plot(range(6), y, marker='o', ms=3.5, color=colours(results)[arm],
+                          label=called(results, arm))
+        axis.axhline(100 / len(results['classes']), color='0.6', ls='--', lw=1, label='chance')
+        axis.set(title=name, ylim=(-3, 103))
+    for axis in axes[1]:
+        axis.set_xticks(range(6), ['none', 1, 2, 3, 4, 5])
+        axis.set_xlabel('severity')
+    for axis in axes[:, 0]:
+        axis.set_ylabel('accuracy (%)')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
+               fontsize=8)
+    common.save_figure(fig, folder, 'fig4_corruptions')
+
+
+def figure_frequency(results, folder):
+    fig, axes = common.new_figure(1, 3, 9.6, 3.6)
+    arms = [a for a in results['arms'] if a != 'untrained']
+    for axis, group, text in ((axes[0, 0], 'low-pass', 'up to'),
+                              (axes[0, 1], 'high-pass', 'from')):
+        for arm in arms:
+            natural = seen(results, arm, 'natural/natural').mean()
+            y = [100 * seen(results, arm, v).mean() / natural for v in in_group(results, group)]
+            axis.plot(BANDS, y, marker='o', ms=3.5, color=colours(results)[arm],
+                      label=called(results, arm))
+        axis.axhline(100 / len(results['classes']), color='0.6', ls='--', lw=1,
+                     label='chance, for a perfect network')
+        axis.set(title=f'{group}: frequencies {text} ...', ylim=(-3, 108),
+                 xlabel='share of the Nyquist frequency',
+                 ylabel='accuracy, of that on natural\nimages (%)' if group == 'low-pass' else '')
+    for i, (name, marker, text) in enumerate((
+            ('phase', 'o', 'phase (not amplitude)'),
+            ('low', 's', f'below {HYBRID} (not above)'))):
+        for j, arm in enumerate(arms):
+            s, t = decided(results, arm, name)
+            value, low, high = 100 * np.array(common.bootstrap(shape_bias, s, t))
+            axes[0, 2].errorbar(j + 0.24 * i - 0.12, value, [[value - low], [high - value]],
+                                fmt=marker, color=colours(results)[arm], ms=5, capsize=2,
+                                label=text if j == 0 else None)
+    axes[0, 2].set_xticks([])
+    axes[0, 2].axhline(50, color='0.6', ls=':', lw=1)
+    axes[0, 2].set(title='two images in one: decided for ...', ylim=(-3, 103),
+                   ylabel='of those decided for either (%)')
+    axes[0, 2].legend(fontsize=7)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
+               fontsize=8)
+    common.save_figure(fig, folder, 'fig5_frequency')
+
+
+def figure_filters(results, folder):
+    arms = [a for a in results['arms'] if a in ('untrained', 'standard', results['robust'])]
+    filters = {a: common.unpack(runs(results, 'filters', a)[0]['filters']).astype(float)
+               for a in arms}
+    strongest = np.argsort(-np.abs(filters[arms[-1]]).sum((1, 2, 3)))[:16]
+    fig, axes = common.new_figure(len(arms), len(strongest), 9.4, 0.75 * len(arms) + 0.4)
+    for row, arm in zip(axes, arms):
+        for axis, c in zip(row, strongest):
+            w = filters[arm][c]
+            w = w[:3] if len(w) >= 3 else w[:1]
+            common.show_image(axis, 0.5 + 0.5 * w / max(np.abs(w).max(), 1e-9))
+        row[0].set_ylabel(called(results, arm).replace(', ', ',\n'), rotation=0, ha='right',
+                          va='center')
+    fig.suptitle('First convolution: the 16 filters of largest weights in '
+                 f'{called(results, arms[-1])}, and the same channels before; each scaled to '
+                 'its own range, grey is 0', fontsize=8)
+    common.save_figure(fig, folder, 'fig6_filters')
+
+
+def figure_smoothness(results, folder):
+    fig, axes = common.new_figure(1, 3, 9.6, 3.4)
+    layers = stage_names(results, 'filters')
+    for axis, key, text in ((axes[0, 0], 'tv', 'total variation / L1 norm'),
+                            (axes[0, 1], 'high', 'energy above 1/4 cycle per pixel (%)')):
+        for i, arm in enumerate(results['arms']):
+            v = units(results, 'filters', arm, key, [0])[0] * (100 if key == 'high' else 1)
+            jitter = np.random.default_rng(0).uniform(-0.2, 0.2, len(v))
+            axis.plot(i + jitter, v, '.', color=colours(results)[arm], ms=4, alpha=0.6)
+            axis.plot([i - 0.3, i + 0.3], [np.nanmean(v)] * 2, color=colours(results)[arm],
+                      label=called(results, arm))
+        axis.set(title='first layer, every filter', ylabel=text, xticks=[])
+    for arm in results['arms']:
+        means = [np.nanmean(units(results, 'filters', arm, 'tv', [i]))
+                 for i in range(len(layers))]
+        axes[0, 2].plot(range(len(layers)), means, marker='o', ms=3.5,
+                        color=colours(results)[arm])
+    axes[0, 2].set(title='every layer, mean over filters', ylabel='total variation / L1 norm',
+                   xlabel='convolution')
+    axes[0, 2].set_xticks(range(len(layers)), layers if len(layers) < 7 else
+                          range(1, len(layers) + 1), fontsize=7 if len(layers) < 7 else 6)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
+               fontsize=8)
+    common.save_figure(fig, folder, 'fig7_smoothness')
+
+
+def figure_noise(results, folder):
+    stages = stage_names(results)
+    shown = list(range(len(stages)))[:5] if len(stages) < 6 else \
+        np.linspace(0, len(stages) - 1, 5).round().astype(int)
+    fig, axes = common.new_figure(1, len(shown), 2.3 * len(shown), 2.9)
+    for axis, i in zip(axes[0], shown):
+        for arm in (a for a in results['arms'] if a in ('standard', results['robust'])):
+            clean, noisy = common.unpack(runs(results, 'maps', arm)[0][i]['channel'])
+            axis.loglog(np.maximum(clean, 1e-3), np.maximum(noisy, 1e-3), '.', ms=5, alpha=0.6,
+                        color=colours(results)[arm], label=called(results, arm))
+        low, high = axis.get_xlim()
+        axis.plot([low, high], [low, high], color='0.5', lw=1, label='noise changes nothing')
+        axis.set(title=stages[i], xlabel='natural images')
+    axes[0, 0].set_ylabel(f'with noise of {TV_NOISE}')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
+    fig.suptitle('Total variation of the activation maps, each dot a channel')
+    common.save_figure(fig, folder, 'fig8_noise')
+
+
+def figure_dissection(results, folder):
+    categories = [c for c in dict.fromkeys(c for c, _ in results['concepts']) if c != 'layout']
+    fig, axes = common.new_figure(1, 1 + len(categories), 2.5 * (1 + len(categories)), 3.4)
+    width = 0.8 / len(results['arms'])
+    for i, arm in enumerate(results['arms']):
+        label = labelled(results, arm)
+        axes[0, 0].bar(np.arange(len(categories)) + i * width - 0.4,
+                       [100 * (label == c).mean() for c in categories], width, align='edge',
+                       color=colours(results)[arm], label=called(results, arm))
+        for axis, category in zip(axes[0, 1:], categories):
+            axis.semilogx(TAUS, [100 * (labelled(results, arm, t) == category).mean()
+                                 for t in TAUS], marker='o', ms=3.5,
+                          color=colours(results)[arm])
+            axis.set(title=category, xlabel='share of positions above\nthe threshold')
+            axis.axvline(TAU, color='0.6', ls=':', lw=1)
+    axes[0, 0].set_xticks(range(len(categories)), categories)
+    axes[0, 0].set(ylabel='units whose best concept it is (%)',
+                   title=f'at {TAU}')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
+               fontsize=8)
+    fig.suptitle(f'Detectors: IoU above {IOU} and {LIFT} times that with the masks of other '
+                 'images')
+    common.save_figure(fig, folder, 'fig9_dissection')
+
+
+def figure_inputs(results, folder):
+    chance = runs(results, 'inputs', 'standard')[0]['chance']
+    names, stages = list(chance), stage_names(results, 'inputs')
+    fig, axes = common.new_figure(1, len(names), 2.3 * len(names) + 0.3, 3.3)
+    for axis, name in zip(axes[0], names):
+        for arm in results['arms']:
+            with warnings.catch_warnings():  # a stage of dead channels
+                warnings.simplefilter('ignore', RuntimeWarning)
+                means = [np.nanmean(units(results, 'inputs', arm, name, [i]))
+                         for i in range(len(stages))]
+            axis.plot(range(len(stages)), means, marker='o', ms=3.5,
+                      color=colours(results)[arm], label=called(results, arm))
+        axis.axhline(chance[name], color='0.6', ls='--', lw=1, label='random images')
+        axis.set(title={'patches': 'distance of patches', 'joint': 'all three'}.get(
+            name, f'number of {name}s'), xlabel='stage')
+        axis.set_xticks(range(len(stages)), range(1, len(stages) + 1))
+    axes[0, 0].set_ylabel('mean over channels')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
+               fontsize=8)
+    fig.suptitle(f'How mixed are the {TOP} images that excite a channel most? '
+                 '(effective numbers; distances relative to random patches)')
+    common.save_figure(fig, folder, 'fig10_inputs')
+
+
+def figure_ablation(results, folder):
+    arms = [a for a in results['arms'] if a in ('standard', results['robust'])]
+    fig, axes = common.new_figure(1, len(arms), 3.6 * len(arms) + 1, 3.5, sharex=True,
+                                  sharey=True)
+    stages = stage_names(results, 'ablation')
+    for axis, arm in zip(axes[0], arms):
+        (shape, texture), stage = scores(results, arm)
+        for i, name in enumerate(stages):
+            axis.plot(100 * texture[stage == i], 100 * shape[stage == i], 'o', ms=4, alpha=0.6,
+                      color=colormaps['viridis'](i / max(len(stages) - 1, 1)), label=name)
+        top = 100 * max(axis.get_xlim()[1], axis.get_ylim()[1]) / 100
+        axis.plot([0, top], [0, top], color='0.5', lw=1)
+        lean = leaning(results, arm)
+        axis.set(title=f'{called(results, arm)}: {100 * np.nanmean(lean):.0f} % of the channels\n'
+                       f'that matter are above the line', xlabel='texture decisions lost (%)')
+    axes[0, 0].set_ylabel('shape decisions lost (%)')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right center')
+    common.save_figure(fig, folder, 'fig11_ablation')
+
+
+def runs_ablation(results):
+    """Concept ablation of each seed, where it was measured and removed any unit."""
+    found = [results[f'concepts-s{s}']['ablation'] for s in results['config']['seeds']]
+    return [f for f in found if f and any(c['channels'] for c in f.values())]
+
+
+def figure_concept_ablation(results, folder):
+    found = runs_ablation(results)[0]
+    categories = [c for c, v in found.items() if v['channels']]
+    arms = ('standard', results['robust'])
+    names = list(found[categories[0]]['standard'])
+    fig, axes = common.new_figure(1, len(names), 2.4 * len(names), 3.3, sharey=True)
+    for axis, name in zip(axes[0], names):
+        for i, arm in enumerate(arms):
+            base, without, random = 100 * np.array([found[c][arm][name] for c in categories]).T
+            at = np.arange(len(categories)) + 0.4 * i - 0.38
+            axis.bar(at, base - without, 0.36, align='edge', color=colours(results)[arm],
+                     label=called(results, arm))
+            axis.hlines(base - random, at, at + 0.36, color='#56B4E9', lw=2.5,
+                        label='as many random channels' if i else None)
+        axis.set_xticks(range(len(categories)), [f"{c}\n({found[c]['channels']})"
+                                                 for c in categories], fontsize=7)
+        axis.set_title(name)
+    axes[0, 0].set_ylabel('accuracy lost (points)')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
+    fig.suptitle('Without the detectors of a category (as many channels in both networks)')
+    common.save_figure(fig, folder, 'fig12_concept_ablation')
+
+
+def rho(terms):
+    """The ratio of `covariance_terms`, summed over pairs; 0 where no unit varies."""
+    total = terms[1].sum()
+    return terms[0].sum() / total if total > 0 else 0.0
+
+
+def figure_dimensions(results, folder):
+    fig, axes = common.new_figure(1, 2, 7.4, 3.3, sharey=True)
+    for arm in results['arms']:
+        run = runs(results, 'dimensions', arm)[0]
+        shares = np.array([dimension_shares(*(rho(common.unpack(stage[f]))
+                                              for f in ('outline', 'texture')))
+                           for stage in run])
+        for axis, values in zip(axes[0], shares.T):
+            axis.plot(range(len(run)), 100 * values, marker='o', ms=3.5,
+                      color=colours(results)[arm], label=called(results, arm))
+    for axis, name in zip(axes[0], ('outline', 'texture')):
+        axis.axhline(100 / (2 + math.e), color='0.6', ls='--', lw=1, label='nothing encoded')
+        axis.set(title=f'dimensions for {name}', xlabel='stage')
+        axis.set_xticks(range(len(run)), [stage['name'] for stage in run])
+    axes[0, 0].set_ylabel('share of the dimensions (%)')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
+               fontsize=8)
+    common.save_figure(fig, folder, 'fig13_dimensions')
+
+
+def figure_reversed(results, folder):
+    run = results[f"reversed-s{results['config']['seeds'][0]}"]
+    fig, axes = common.new_figure(1, 6, 9.6, 2.6, width_ratios=(1, 1, 1, 1, 2.2, 2.2))
+    for axis, image, outline, texture in zip(axes[0], common.unpack(run['images']), *(
+            common.unpack(run[c]) for c in ('outline', 'texture'))):
+        common.show_image(axis, image / 255, f'{results["classes"][outline]},\n'
+                          f'{common.TEXTURES[texture]}')
+        axis.title.set_fontsize(7)
+    usual = [decided(results, a, 'shapes') for a in ('standard', results['robust'])]
+    other = [reversed_decided(results, a) for a in ('standard', 'robust')]
+    for axis, pair, text in ((axes[0, 4], usual, 'usual data'),
+                             (axes[0, 5], other, 'reversed: faint outlines')):
+        for i, (s, t) in enumerate(pair):
+            colour = colours(results)[('standard', results['robust'])[i]]
+            value, low, high = 100 * np.array(common.bootstrap(shape_bias, s, t))
+            axis.errorbar(i, value, [[value - low], [high - value]], fmt='o', color=colour,
+                          capsize=3)
+            axis.plot(i, 100 * coverage(s, t), 'x', color=colour)
+        axis.axhline(50, color='0.6', ls=':', lw=1)
+        axis.set_xticks((0, 1), ('standard', 'robust'))
+        axis.set(ylim=(-3, 103), xlim=(-0.5, 1.5), title=text)
+    axes[0, 4].set_ylabel('shape bias (%)\nx: coverage')
+    common.save_figure(fig, folder, 'fig14_reversed')
+
+
+def figure_stimuli(results, folder):
+    names = [n for n in ('edges', 'silhouettes') if n in runs(results, 'conflict',
+                                                              'standard')[0]]
+    fig, axes = common.new_figure(1, 1 + len(names), 3.4 * (1 + len(names)), 3.4)
+    points_with_intervals(
+        axes[0, 0], results, results['arms'],
+        lambda arm: common.bootstrap(shape_bias, *decided(results, arm, 'stimuli')),
+        {arm: coverage(*decided(results, arm, 'stimuli')) for arm in results['arms']},
+        'coverage')
+    count = len(common.unpack(results['cues']['stimuli']['shape']))
+    k = len(results['groups'])
+    axes[0, 0].axhline(50, color='0.6', ls=':', lw=1)
+    axes[0, 0].axhline(200 / k, color='0.6', ls='--', lw=1, label='coverage by chance')
+    axes[0, 0].set(ylabel='shape bias with 95 % interval (%)',
+                   title=f'{count} cue conflicts, {k} categories')
+    axes[0, 0].legend(fontsize=7)
+    for axis, name in zip(axes[0, 1:], names):
+        points_with_intervals(axis, results, results['arms'], lambda arm: common.bootstrap(
+            np.mean, np.stack([common.unpack(r[name]) for r in runs(results, 'conflict', arm)])))
+        axis.axhline(100 / k, color='0.6', ls='--', lw=1, label='chance')
+        axis.set(title=name, ylabel='accuracy (%)')
+        axis.legend(fontsize=7)
+    common.save_figure(fig, folder, 'fig15_stimuli')
+
+
+# -------------------------------------------------------------------------------- the claims
+
+def judge(results, folder):
+    """The claims table, from results.json alone."""
+    claims, main = [], results['robust']
+    has = {key.split('-s')[0] for key in results}
+
+    def add(text, source, found, *, arms=('standard', main), name=None, threshold=0.0,
+            unit='points', why=None, detail=None, reference='-', verdict=None, gate=True):
+        """found: (value, low, high) of an effect that must exceed the threshold; name: the
+        conflict set whose coverage counts; why: what makes the claim uninformative."""
+        scale, digits = (100, 1) if unit in ('points', '%') else (1, 3)
+        sign = '+' if threshold == 0 else ''
+        value, low, high = (f'{scale * v:{sign}.{digits}f}' for v in found)
+        if not np.isfinite(found).all():
+            why = why or 'not defined here'
+        why = unfit(results, arms, name, gate) or why
+        measured = f'{value} {unit}'.strip() + f' [{low}, {high}]' + (f'; {detail}' if detail
+                                                                      else '')
+        claims.append(claim(text, source, measured, f'uninformative: {why}' if why else
+                            verdict or effect_verdict(found[1], found[2], threshold), reference))
+
+    if main in results['arms']:
+        if 'views' in has:
+            gate_claims(results, claims)
+        name = conflict_name(results)
+        if name:
+            bias_claims(results, add, name)
+            if name == 'shapes' and results['groups']:
+                bias_claims(results, add, 'stimuli')
+        if 'views' in has:
+            view_claims(results, add)
+        smoothness_claims(results, add)
+        if results['concepts']:
+            concept_claims(results, add)
+        input_claims(results, add)
+        if 'ablation' in has:
+            ablation_claims(results, add)
+        control_claims(results, claims, add, has)
+    common.write_claims(claims, folder)
+    return claims
+
+
+def unfit(results, arms, name=None, gate=True):
+    """Why networks cannot be compared: collapsed, decides too few of the conflicts `name` for
+    either cue, or (gate) the robust one is not robust or has lost too much; None if they can."""
+    for arm in arms:
+        if any(results.get(f'collapsed-{arm}-s{s}') for s in results['config']['seeds']):
+            return f'{arm} collapsed to one class'
+        if name and coverage(*decided(results, arm, name)) < COVERAGE:
+            return (f'{arm} decides {100 * coverage(*decided(results, arm, name)):.0f} % of the '
+                    'conflicts for either cue')
+    views = f"views-s{results['config']['seeds'][0]}" in results
+    if gate and views and results['robust'] in arms and 'standard' in arms:
+        ratio, loss = gates(results)
+        if ratio[0] < GATE or loss[0] > MARGIN:
+            return 'the robust network fails its gate'
+    return None
+
+
+def gates(results):
+    """Intervals of: robust accuracy of R over that of S (at least one image), natural accuracy
+    of S minus that of R."""
+    main = results['robust']
+    attacked = [seen(results, a, 'attack/PGD-20') for a in ('standard', main)]
+    natural = [seen(results, a, 'natural/natural') for a in ('standard', main)]
+    return (common.bootstrap(lambda s, r: r.mean() / max(s.mean(), 1 / s.size), *attacked),
+            common.bootstrap(lambda s, r: s.mean() - r.mean(), *natural))
+
+
+def gate_claims(results, claims):
+    ratio, loss = gates(results)
+    attacked = [100 * seen(results, a, 'attack/PGD-20').mean()
+                for a in ('standard', results['robust'])]
+    claims.append(claim(
+        f'Gate: R is robust, at least {GATE:.0f} times the accuracy of S under PGD-20', 'control',
+        f'{attacked[0]:.1f} and {attacked[1]:.1f} %', 'supported' if ratio[1] > GATE else
+        'contradicted' if ratio[2] < GATE else 'inconclusive'))
+    claims.append(claim(
+        f'Gate: and loses at most {100 * MARGIN:.0f} points of natural accuracy', 'control',
+        '{:.1f} points [{:.1f}, {:.1f}]'.format(*(100 * v for v in loss)),
+        effect_verdict(-loss[2], -loss[1], -MARGIN)))
+
+
+def bias_claims(results, add, name):
+    """V0 to V2, and V14's first half: shape bias and its dose response."""
+    main = results['robust']
+    on = '' if name == 'shapes' else (f" ({len(common.unpack(results['cues'][name]['shape']))} "
+                                      f"stimuli of Geirhos et al., {len(results['groups'])} "
+                                      'categories)')
+    s = decided(results, 'standard', name)
+    found = common.bootstrap(shape_bias, *s)
+    add(f'V0 S is texture-biased: shape bias below 50 %{on}', PAPER, found, arms=('standard',),
+        name=name, threshold=0.5, unit='%', verdict=effect_verdict(-found[2], -found[1], -0.5),
+        detail=f'coverage {100 * coverage(*s):.0f} %', reference=f'21 % ({BENCHMARK})')
+
+    def difference(a, b, c, d):
+        return shape_bias(c, d) - shape_bias(a, b)
+
+    r = decided(results, main, name)
+    add(f'V1 R is more shape-biased than S{on}', PAPER, common.bootstrap(difference, *s, *r),
+        name=name, detail=f'{100 * shape_bias(*s):.1f} and {100 * shape_bias(*r):.1f} %, '
+        f'coverage {100 * coverage(*s):.0f} and {100 * coverage(*r):.0f} %',
+        reference=f'+44 points: 21 and 65 % (l2 eps 3; {BENCHMARK})')
+    ladder = sorted((e, a) for a, e in results['eps'].items() if a == 'standard' or e > 0)
+    if len(ladder) > 2:
+        pairs = [v for _, a in ladder for v in decided(results, a, name)]
+        eps = [e for e, _ in ladder]
+
+        def correlation(*v):
+            values = [shape_bias(v[i], v[i + 1]) for i in range(0, len(v), 2)]
+            return spearmanr(eps, values).statistic if len(set(values)) > 1 else math.nan
+
+        add(f'V2 Shape bias grows with eps: rank correlation{on}', PAPER,
+            common.bootstrap(correlation, *pairs), arms=[a for _, a in ladder], name=name,
+            unit='', gate=False, detail=', '.join(
+                f'{100 * shape_bias(*decided(results, a, name)):.1f}' for _, a in ladder) + ' %',
+            reference=f'nearly monotone ({BENCHMARK})')
+    if 'random textures' in results['arms'] and name == 'shapes':
+        t = decided(results, 'random textures', name)
+        add('V14 Training on random textures also raises the shape bias', 'control',
+            common.bootstrap(difference, *s, *t), name=name, arms=('standard', 'random textures'),
+            detail=f'{100 * shape_bias(*t):.1f} %',
+            reference=f'Stylized-ImageNet: 21 to 81 % ({BENCHMARK})')
+
+
+def view_claims(results, add):
+    """V3 to V5 and V8: what robust training buys when a cue, a band or the quality is lost."""
+    main = results['robust']
+
+    def change(text, source, names, lower=False, relative=True, arms=('standard', main), **more):
+        """Accuracy on the views (relative to natural accuracy) of the second arm minus the
+        first; lower: the claim is that it is lower."""
+        arrays = [v for a in arms for v in (seen(results, a, *names),
+                                            seen(results, a, 'natural/natural'))]
+        sign = -1 if lower else 1
+
+        def statistic(s, ns, r, nr):
+            if relative:
+                return sign * (r.mean() / nr.mean() - s.mean() / ns.mean())
+            return sign * (r.mean() - s.mean())
+
+        first, second = (100 * (seen(results, a, *names).mean() / (
+            seen(results, a, 'natural/natural').mean() if relative else 1)) for a in arms)
+        chance = 150 / len(results['classes'])
+        why = f'both near chance, {first:.1f} and {second:.1f} %' \
+            if max(first, second) < chance else \
+            f'both saturated, {first:.1f} and {second:.1f} %' if min(first, second) > 99 else None
+        add(text + (', R minus S' if not lower else ', S minus R') * (len(arms) == 2 and
+                                                                      arms[0] == 'standard'),
+            source, common.bootstrap(statistic, *arrays), arms=arms, why=why,
+            detail=f'{first:.1f} and {second:.1f} %', **more)
+
+    plain = in_group(results, 'texture-less')
+    silhouettes = [f'texture-less/{n}' for n in TEXTURE_LESS if f'texture-less/{n}' in plain]
+    if silhouettes:
+        change('V3 R is better without texture: flat fill, of natural accuracy', PAPER,
+               silhouettes[:1], reference='stylized 34.4 to 41.8 % (eps 0 to l2 3; '
+               + BENCHMARK + ')')
+        change('V3 The same: silhouettes of both polarities', PAPER, silhouettes[1:],
+               reference='48.1 to 60.6 % (eps 0 to l2 3; ' + BENCHMARK + ')')
+    change('V3 The same: edges of both polarities', PAPER,
+           ['texture-less/edges', 'texture-less/edges inverted'],
+           reference='23.8 to 25.6 % (eps 0 to l2 3; ' + BENCHMARK + ')')
+    change('V3 The same: black and white, and saturation', PAPER, ['texture-less/black and white',
+           *(v for v in plain if 'saturation' in v)])
+    scrambled = [v for v in in_group(results, 'shape-less') if 'scrambled' in v]
+    if scrambled:
+        change('V4 R is hurt more without shape: scrambled, of natural accuracy', PAPER,
+               scrambled, lower=True)
+    change('V5 R is not better off-distribution on average: corruptions', PAPER,
+           [v for c in CORRUPTIONS for v in in_group(results, c)], lower=True, relative=False,
+           reference='40.9 to 34.6 % (ImageNet-C, eps 0 to l2 3; ' + BENCHMARK + ')')
+    change('V5 R is worse under contrast and veil', PAPER, in_group(results, 'contrast')
+           + in_group(results, 'veil'), lower=True, relative=False,
+           reference='fog 45.4 to 6.4, contrast 38.8 to 9.6 % (' + BENCHMARK + ')')
+    change('V5 R is better under pixelate and JPEG', PAPER, in_group(results, 'pixelate')
+           + in_group(results, 'JPEG'), relative=False,
+           reference='pixelate 44.8 to 57.2, JPEG 53.7 to 59.6 % (' + BENCHMARK + ')')
+    change(f"V8 R tolerates low-pass filters better: bands {', '.join(LOW)}, of natural "
+           'accuracy', 'independent', [f'low-pass/{b}' for b in LOW],
+           reference='.155/.513/.701 to .359/.696/.855 (' + BENCHMARK + ')')
+    change(f"V8 R keeps less through high-pass filters: bands {', '.join(HIGH)}", 'independent',
+           [f'high-pass/{b}' for b in HIGH], lower=True,
+           reference='.266 to .034 at one band (' + BENCHMARK + ')')
+    if 'random textures' in results['arms']:
+        change('V14 Unlike R, training on random textures keeps the high frequencies: high-pass '
+               f"{', '.join(HIGH)}, it minus R", 'control', [f'high-pass/{b}' for b in HIGH],
+               arms=(main, 'random textures'),
+               reference='.439 and .034 at one band (' + BENCHMARK + ')')
+    for name, text in (('low', f'low frequencies (below {HYBRID} of Nyquist) to high ones'),
+                       ('phase', 'phase to amplitude')):
+        s, r = (decided(results, a, name) for a in ('standard', main))
+        add(f'Control: where two images are in one, R prefers {text} more than S', 'control',
+            common.bootstrap(lambda a, b, c, d: shape_bias(c, d) - shape_bias(a, b), *s, *r),
+            name=name, detail=f'{100 * shape_bias(*s):.1f} and {100 * shape_bias(*r):.1f} %')
+
+
+def smoothness_claims(results, add):
+    """V6 and V7: smoother filters, which let less noise through."""
+    pair = ('standard', results['robust'])
+    layers = stage_names(results, 'filters')
+    for key, text, unit in (('tv', 'TV / L1', ''), ('high', 'energy above 1/4 cycle per pixel',
+                                                    'points')):
+        s, r = (units(results, 'filters', a, key, [0]) for a in pair)
+        others = [np.nanmean(units(results, 'filters', pair[0], key, [i]))
+                  - np.nanmean(units(results, 'filters', pair[1], key, [i]))
+                  for i in range(1, len(layers))]
+        scale = 100 if unit else 1
+        add(f'V6 The first filters of R are smoother: {text}, S minus R, mean over channels',
+            PAPER, common.bootstrap(lambda a, b: np.nanmean(a) - np.nanmean(b), s, r), unit=unit,
+            detail=f'{scale * np.nanmean(s):.2f} and {scale * np.nanmean(r):.2f}; '
+            f'{sum(d > 0 for d in others)} of the {len(others)} later layers as well')
+    stages = range(len(stage_names(results)))
+    terms = {a: [np.stack([common.unpack(run[i]['image']) for run in runs(results, 'maps', a)])
+                 for i in stages] for a in pair}  # (seeds, 2, images) of each stage
+
+    def rise(v):
+        return v[1].mean() / max(v[0].mean(), 1e-12) - 1
+
+    def difference(*v):
+        half = len(v) // 2
+        first, second = ([rise(v[i:i + 2]) for i in range(at, at + half, 2)]
+                         for at in (0, half))
+        return np.mean(first) - np.mean(second)
+
+    for text, chosen in (('first stage', [0]), ('mean over the stages', stages)):
+        arrays = [terms[a][i][:, k] for a in pair for i in chosen for k in (0, 1)]
+        values = [100 * np.mean([rise(terms[a][i].swapaxes(0, 1)) for i in chosen])
+                  for a in pair]
+        add(f'V7 R blocks noise: relative rise of the TV of its activations under noise of '
+            f'{TV_NOISE}, {text}, S minus R', PAPER, common.bootstrap(difference, *arrays),
+            detail='{:.0f} and {:.0f} %'.format(*values))
+    outliers = []
+    for a in pair:
+        rows = []
+        for run, reference in zip(runs(results, 'maps', a), runs(results, 'maps', 'standard')):
+            moved = []
+            for stage, base in zip(run, reference):
+                clean, noisy = common.unpack(stage['channel'])
+                moved.append(np.abs(noisy - clean) >= OUTLIER
+                             * common.unpack(base['channel'])[0].mean())
+            rows.append(np.concatenate(moved))
+        outliers.append(np.stack(rows).astype(float))
+    add('V7 The same: share of channels whose TV changes by a fifth of the mean TV of S, S minus '
+        'R', PAPER, common.bootstrap(lambda a, b: a.mean() - b.mean(), *outliers),
+        detail='{:.1f} and {:.1f} %'.format(*(100 * v.mean() for v in outliers)))
+
+
+def concept_claims(results, add):
+    """V9 to V11, adapted: exact masks of `shapes` (or a folder's) instead of Broden's."""
+    pair = ('standard', results['robust'])
+    categories = {c for c, _ in results['concepts']}
+    for number, category, sign, text in (
+            ('V9', 'colour', 1, 'R has more colour detectors'),
+            ('V10', 'texture', 1, 'R has more texture detectors'),
+            ('V11', 'outline', -1, 'R has fewer outline detectors (for objects)')):
+        if category not in categories:
+            continue
+        s, r = ((labelled(results, a) == category).astype(float) for a in pair)
+        uncut = [100 * (labelled(results, a, key='uncut') == category).mean() for a in pair]
+        sweep = [np.sign((labelled(results, pair[1], t) == category).sum()
+                         - (labelled(results, pair[0], t) == category).sum()) for t in TAUS]
+        add(f'{number} {text}: share of the units, ' + ('R minus S' if sign > 0 else 'S minus R'),
+            PAPER + ', adapted', common.bootstrap(lambda a, b: sign * (b.mean() - a.mean()), s, r),
+            why=None if s.any() or r.any() else 'neither has any',
+            detail='{:.1f} and {:.1f} %; more in R at {} of {} thresholds, in S at {}; without '
+            'the cut-offs {:.1f} and {:.1f} %'.format(
+                100 * s.mean(), 100 * r.mean(), sum(v > 0 for v in sweep), len(TAUS),
+                sum(v < 0 for v in sweep), *uncut))
+
+
+def input_claims(results, add):
+    """V12, adapted: the paper's statistic is not known, so several stand side by side."""
+    pair = ('standard', results['robust'])
+    chance = runs(results, 'inputs', 'standard')[0]['chance']
+    rows = [(f'effective number of {n}s among the {TOP} images that excite a channel most'
+             if n != 'patches' else 'distance of the patches that excite a channel most, relative '
+             'to random ones', 'inputs', n, chance[n]) for n in chance]
+    if results['concepts']:
+        rows.append(('number of concepts detected by a channel', 'concepts', 'number', None))
+    for text, part, key, by_chance in rows:
+        if part == 'inputs':
+            s, r = (units(results, part, a, key) for a in pair)
+        else:
+            s, r = (np.stack([np.concatenate([common.unpack(stage[key])[TAUS.index(TAU)]
+                                              for stage in run])
+                              for run in runs(results, part, a)]).astype(float) for a in pair)
+        add(f"V12 Channels of R respond to fewer types of inputs: "
+            f"{text.replace('joints', 'combinations of the three')}, S minus R",
+            PAPER + ', adapted', common.bootstrap(lambda a, b: np.nanmean(a) - np.nanmean(b),
+                                                  s, r), unit='',
+            detail=f'{np.nanmean(s):.2f} and {np.nanmean(r):.2f}'
+            + (f', random images {by_chance:.2f}' if by_chance else ''))
+
+
+def ablation_claims(results, add):
+    """V13: which cue the channels serve."""
+    s, r = (leaning(results, a) for a in ('standard', results['robust']))
+    empty = np.isnan(s).all() or np.isnan(r).all()
+    add('V13 More channels of R serve shape: share of the channels that matter whose removal '
+        'loses more of the shape than of the texture decisions, R minus S', PAPER + ', adapted',
+        common.bootstrap(lambda a, b: np.nanmean(b) - np.nanmean(a), s, r) if not empty
+        else (math.nan,) * 3, name=conflict_name(results),
+        why='no channel matters alone' if empty else None,
+        detail='' if empty else '{:.1f} and {:.1f} % of {} and {} channels'.format(
+            100 * np.nanmean(s), 100 * np.nanmean(r), np.isfinite(s).sum(), np.isfinite(r).sum()))
+
+
+def control_claims(results, claims, add, has):
+    """Our own controls."""
+    main = results['robust']
+    name = conflict_name(results)
+    if name and 'untrained' in results['arms']:
+        pair = decided(results, 'untrained', name)
+        found = common.bootstrap(coverage, *pair)
+        claims.append(claim(
+            'Control: shape bias needs its coverage; that of an untrained network is below '
+            f'{100 * COVERAGE:.0f} %', 'control',
+            '{:.1f} % [{:.1f}, {:.1f}]'.format(*(100 * v for v in found))
+            + f'; its shape bias {100 * shape_bias(*pair):.1f} %',
+            effect_verdict(-found[2], -found[1], -COVERAGE),
+            f'an untrained ResNet-50 scores 65 % ({BENCHMARK})'))
+    if 'reversed' in has:
+        s, r = (reversed_decided(results, a) for a in ('standard', 'robust'))
+        covered = [coverage(*v) for v in (s, r)]
+        natural, robust = ([100 * np.mean([results[f'reversed-s{seed}'][a][what] for seed in
+                                           results['config']['seeds']])
+                            for a in ('standard', 'robust')] for what in ('natural', 'robust'))
+        low = min(natural) < 300 / len(results['classes'])
+        bad = [a for a in ('reversed standard', 'reversed robust')
+               if any(results.get(f'collapsed-{a}-s{x}') for x in results['config']['seeds'])]
+        add('Reversed control: with faint outlines and strong textures robust training moves '
+            'towards texture: shape bias, S minus R', 'control',
+            common.bootstrap(lambda a, b, c, d: shape_bias(a, b) - shape_bias(c, d), *s, *r),
+            arms=(), why=f'{bad[0]} collapsed' if bad else 'near chance' if low else
+            'coverage below 50 %' if min(covered) < COVERAGE else None,
+            detail=f'{100 * shape_bias(*s):.1f} and {100 * shape_bias(*r):.1f} %, coverage '
+            f'{100 * covered[0]:.0f} and {100 * covered[1]:.0f} %, natural accuracy '
+            f'{natural[0]:.1f} and {natural[1]:.1f} %, under PGD-20 {robust[0]:.1f} and '
+            f'{robust[1]:.1f} %')
+    if 'dimensions' in has:
+        last, source = -1, 'after Islam et al. 2021'
+        terms = [np.stack([common.unpack(run[last][f])[i] for run in runs(
+            results, 'dimensions', a)]) for a in ('standard', main)
+            for f in ('outline', 'texture') for i in (0, 1)]
+
+        def shares(v, k):
+            return dimension_shares(rho(v[:2]), rho(v[2:]))[k]
+
+        for k, text, sign in ((0, 'More dimensions for the outline in R', 1),
+                              (1, 'Fewer dimensions for the texture in R', -1)):
+            add(f"{text}: share in the last stage, {'R minus S' if sign > 0 else 'S minus R'}",
+                source, common.bootstrap(lambda *v: sign * (shares(v[4:], k)
+                                                            - shares(v[:4], k)), *terms),
+                detail='{:.1f} and {:.1f} %'.format(*(100 * shares(terms[i:i + 4], k)
+                                                      for i in (0, 4))))
+
+
+# --------------------------------------------------------------------------------------------
+
+def print_table(results):
+    """Every view: all networks on all test images, and S and R on those that both get right
+    (CL, the paper's choice); then every conflict set."""
+    arms, main = results['arms'], results['robust']
+    head = ''.join(f'{a:>17}' for a in arms)
+    if f"views-s{results['config']['seeds'][0]}" in results:
+        both = main in arms
+        common.log.info('\nAccuracy, %%%s%s\n%-32s%s', '', '; CL: images that S and R both get '
+                        'right' if both else '', '', head + ('     CL: S      R' if both else ''))
+        right = seen(results, 'standard', 'natural/natural') * seen(
+            results, main, 'natural/natural') if both else None
+        for view in runs(results, 'views', arms[0])[0]:
+            row = [100 * seen(results, a, view).mean() for a in arms]
+            row = ''.join(f'{v:17.1f}' for v in row)
+            if both and right.sum():
+                shares = [100 * (seen(results, a, view) * right).sum() / right.sum()
+                          for a in ('standard', main)]
+                row += '{:10.1f}{:7.1f}'.format(*shares)
+            common.log.info('%-32s%s', view.replace('/', ': '), row)
+    if results['cues']:
+        common.log.info('\nConflicts: share decided for the first cue, of those for either '
+                        '(coverage), %%\n%-32s%s', '', head)
+    for name in results['cues']:
+        for variant in (name, name + ', all classes'):
+            if variant in runs(results, 'conflict', arms[0])[0]:
+                pairs = [decided(results, a, variant) for a in arms]
+                common.log.info('%-32s%s', variant, ''.join(
+                    f'{f"{100 * shape_bias(*p):.1f} ({100 * coverage(*p):.1f})":>17}'
+                    for p in pairs))
+    for name in ('edges', 'silhouettes'):
+        if name in runs(results, 'conflict', arms[0])[0]:
+            right = [np.mean([common.unpack(r[name]) for r in runs(results, 'conflict', a)])
+                     for a in arms]
+            common.log.info('%-32s%s', f'stimuli: {name}, accuracy',
+                            ''.join(f'{100 * v:17.1f}' for v in right))
+
+
+def make_parser():
+    parser = common.make_parser(__doc__, DEFAULTS)
+    add = parser.add_argument
+    add('--ladder', type=common.positive, nargs='+', metavar='EPS', help='of further robust '
+        'networks, such as 2/255 4/255 (half of --eps)')
+    add('--stem', type=common.whole, default=0, metavar='PX', help='size of the first '
+        'convolution of resnet18, preact-resnet18, wrn-*, such as 7 (0: their own)')
+    add('--cue-conflict-dir', metavar='DIR', help="Geirhos' stimuli: <shape>/<shape><n>-"
+        '<texture><m>.png; edges and filled-silhouettes beside it are used, too')
+    add('--probe-dir', metavar='DIR', help='concept masks for dissection: images/<name>.png and '
+        'masks/<category>/<concept>/<name>.png')
+    add('--weights', metavar='FILE', help='a standard network instead of training: a checkpoint, '
+        "IMAGENET1K_V1 (torchvision's) or random")
+    add('--robust-weights', metavar='FILE', help='and a robust one')
+    return parser
+
+
+def main(argv=None):
+    args = common.parse(make_parser(), argv)
+    if args.plot_only:
+        folder, results = common.open_results(args.plot_only)
+    else:
+        folder, results = study(args)
+    print_table(results)
+    draw(results, folder)
+    judge(results, folder)
+    common.log.info('\nfigures and results in %s', folder)
+
+
+if __name__ == '__main__':
+    common.entry(main)
