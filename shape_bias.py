@@ -654,39 +654,49 @@ def accuracy_without(model, x, y, zeroed, batch=250):
     return correct / len(y)
 
 
-def ablate_concepts(models, found, categories, sets, y):
-    """Zero the detectors of a category in S and R, in each stage as many in one as in the other,
-    those of highest IoU first; and as many random channels, five times.
+def ablate_concepts(models, found, concepts, sets, y):
+    """Zero the units of one concept in S and R, in each stage as many in one as in the other,
+    those of highest IoU first; and as many random units, three times.
 
     found: {arm: {stage: IoU (2, C, K) at TAU}}; sets: {name: images}. Returns {category:
-    {channels: number, arm: {set: [accuracy, without detectors, without random ones]}}}.
+    {concepts, channels: numbers, arm: {set: mean over the concepts of [accuracy, without the
+    units, without random ones]}}}; concepts that no stage has in both are left out.
     """
-    out = {}
-    for category in dict.fromkeys(categories):
+    lower = [c for c in dict.fromkeys(c for c, _ in concepts) if c != 'layout']
+    names = [c for c, _ in concepts]
+    label = {arm: {stage: unit_labels(iou, names, lower) for stage, iou in stages.items()}
+             for arm, stages in found.items()}
+    whole = {(arm, name): accuracy_without(models[arm], x, y, {})
+             for arm in models for name, x in sets.items()}
+    out = {c: dict(concepts=0, channels=0) | {arm: {n: [] for n in sets} for arm in models}
+           for c in lower}
+    for k, (category, _) in enumerate(concepts):
         chosen = {arm: {} for arm in models}
         for stage in next(iter(found.values())):
-            units = {}
-            for arm in models:
-                iou = found[arm][stage]
-                on = detectors(iou)[:, [c == category for c in categories]]
-                best = iou[0][:, [c == category for c in categories]].masked_fill(~on, 0).amax(1)
-                units[arm] = best.argsort(descending=True, stable=True)[:int((best > 0).sum())]
+            units = {arm: (label[arm][stage] == k).nonzero()[:, 0] for arm in models}
             few = min(map(len, units.values()))
             for arm in models:
-                chosen[arm][stage] = units[arm][:few]
+                iou = found[arm][stage][0, units[arm], k]
+                chosen[arm][stage] = units[arm][iou.argsort(descending=True, stable=True)[:few]]
         number = sum(map(len, next(iter(chosen.values())).values()))
-        out[category] = dict(channels=number)
-        for arm, model in models.items() if number else ():
-            rows = {}
+        if not number or category not in lower:
+            continue
+        out[category]['concepts'] += 1
+        out[category]['channels'] += number
+        for arm, model in models.items():
             for name, x in sets.items():
-                generator = make_generator('random channels', category)
+                generator = make_generator('random channels', k)
                 random = [accuracy_without(model, x, y, {
                     stage: torch.randperm(found[arm][stage].shape[1],
                                           generator=generator)[:len(units)]
-                    for stage, units in chosen[arm].items()}) for _ in range(5)]
-                rows[name] = [accuracy_without(model, x, y, {}),
-                              accuracy_without(model, x, y, chosen[arm]), np.mean(random)]
-            out[category][arm] = rows
+                    for stage, units in chosen[arm].items()}) for _ in range(3)]
+                out[category][arm][name].append([
+                    whole[arm, name], accuracy_without(model, x, y, chosen[arm]),
+                    np.mean(random)])
+    for row in out.values():
+        for arm in models:
+            row[arm] = {name: np.mean(v, 0).tolist() if v else None
+                        for name, v in row[arm].items()}
     return out
 
 
@@ -730,7 +740,7 @@ def dimensions(model, pairs):
             terms = covariance_terms(u.mean((2, 3)).double(), v.mean((2, 3)).double())
             if j == len(stages):
                 stages.append(dict(name=name))
-            stages[j][factor] = common.pack(torch.stack(terms).float())
+            stages[j][factor] = common.pack(torch.stack(terms).half())
     return stages
 
 
@@ -925,16 +935,17 @@ def measure_concepts(args, data, models, main, probe):
                 number=common.pack(detectors(iou).sum(-1).short())))
     ablation = None
     if data and 'standard' in models and main in models:
-        x, y = (v[:500] for v in data.test)
+        x, y = (v[:250] for v in data.test)
         x = common.to_float(x)
         sets = dict(natural=x, noise=corrupt(x, 'noise', 1))
         if x.shape[-1] % 2 == 0:
             sets['scrambled'] = common.permute_patches(x, derangement(2))
         if data.name == 'shapes':
             flat, _ = common.make_shapes(len(data.test[1]), 'test', x.shape[-1], 'outline_only')
-            sets['flat fill'] = common.to_float(flat[:500]).to(x.device)
+            sets['flat fill'] = common.to_float(flat[:250]).to(x.device)
         pair = {arm: models[arm] for arm in ('standard', main)}
-        ablation = ablate_concepts(pair, {arm: found[arm] for arm in pair}, names, sets, y)
+        ablation = ablate_concepts(pair, {arm: found[arm] for arm in pair},
+                                   probe['concepts'], sets, y)
     return dict(arms=out, ablation=ablation,
                 area=(probe['masks'].float().mean((0, 2, 3))).tolist())
 
@@ -1052,7 +1063,7 @@ def study(args):
             measure('ablation', lambda: {arm: ablate_channels(m, x, groups, first, second)
                                          for arm, m in models.items() if arm != 'untrained'})
         if pair:
-            pairs = {f: factor_pairs(1000, shape[-1], f, device) for f in ('outline', 'texture')}
+            pairs = {f: factor_pairs(500, shape[-1], f, device) for f in ('outline', 'texture')}
             measure('dimensions', lambda: {arm: dimensions(m, pairs)
                                            for arm, m in models.items()})
             measure('reversed', lambda: measure_reversed(pair, shape[-1], args, device))
@@ -1090,9 +1101,9 @@ def natural_probe(data, sets, device):
 
 
 def gallery(data, sets, stimuli):
-    """Three images in every view, and of every conflict set, for the figures."""
+    """Two images in every view, and of every conflict set, for the figures."""
     def few(x):
-        return common.pack((x[:3] * 255).round().byte().cpu())
+        return common.pack((x[:2] * 255).round().byte().cpu())
     found = {}
     if data:
         x = common.to_float(data.test[0])
@@ -1185,13 +1196,13 @@ def scores(results, arm):
     return lost / np.maximum(run['decided'], 1)[:, None], stage
 
 
-def leaning(results, arm):
-    """(seeds, channels): 1 where zeroing a channel loses a larger share of the shape decisions
-    than of the texture decisions, 0 where a smaller, nan where it loses none of either."""
+def leaning(results, arm, relative=False):
+    """(seeds, channels): 1 where zeroing a channel loses more of the shape decisions than of the
+    texture decisions (relative: a larger share of them), 0 where fewer, nan where as many."""
     out = []
     for run in runs(results, 'ablation', arm):
-        lost = np.concatenate([np.array(stage['lost']) for stage in run['stages']], 1)
-        shape, texture = lost / np.maximum(run['decided'], 1)[:, None]
+        shape, texture = np.concatenate([np.array(stage['lost']) for stage in run['stages']], 1) \
+            / (np.maximum(run['decided'], 1)[:, None] if relative else 1)
         out.append(np.where(shape == texture, np.nan, shape > texture))
     return np.stack(out)
 
@@ -1253,7 +1264,7 @@ def figure_views(results, folder):
     for axis in axes.ravel():
         axis.set_axis_off()
     for i, (name, images) in enumerate(shown):
-        for row, image in enumerate(common.unpack(images)[:2]):
+        for row, image in enumerate(common.unpack(images)):
             axis = axes[2 * (i // width) + row, i % width]
             axis.set_axis_on()
             common.show_image(axis, image / 255, name.replace(' ', '\n', 1) if row == 0 else '')
@@ -1271,8 +1282,8 @@ def points_with_intervals(axis, results, arms, interval, crosses=None, crossed='
         if crosses:
             axis.plot(i, 100 * crosses[arm], 'x', ms=6, color=colours(results)[arm],
                       label=crossed if i == 0 else None)
-    axis.set_xticks(range(len(arms)), [called(results, a).replace(', ', ',\n').replace(
-        ' on ', '\non ') for a in arms], fontsize=7)
+    axis.set_xticks(range(len(arms)), [called(results, a).replace(' ', '\n', 2).replace(
+        'eps\n', 'eps ') for a in arms], fontsize=7)
     axis.set(ylim=(-3, 103), xlim=(-0.5, len(arms) - 0.5))
 
 
@@ -1375,7 +1386,7 @@ def figure_frequency(results, folder):
                                 label=text if j == 0 else None)
     axes[0, 2].set_xticks([])
     axes[0, 2].axhline(50, color='0.6', ls=':', lw=1)
-    axes[0, 2].set(title='two images in one: decided for ...', ylim=(-3, 103),
+    axes[0, 2].set(title='hybrids: decided for ...', ylim=(-3, 103),
                    ylabel='of those decided for either (%)')
     axes[0, 2].legend(fontsize=7)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
@@ -1436,10 +1447,10 @@ def figure_noise(results, folder):
     for axis, i in zip(axes[0], shown):
         for arm in (a for a in results['arms'] if a in ('standard', results['robust'])):
             clean, noisy = common.unpack(runs(results, 'maps', arm)[0][i]['channel'])
-            axis.loglog(np.maximum(clean, 1e-3), np.maximum(noisy, 1e-3), '.', ms=5, alpha=0.6,
-                        color=colours(results)[arm], label=called(results, arm))
-        low, high = axis.get_xlim()
-        axis.plot([low, high], [low, high], color='0.5', lw=1, label='noise changes nothing')
+            axis.plot(clean, noisy, '.', ms=5, alpha=0.6, color=colours(results)[arm],
+                      label=called(results, arm))
+        high = axis.get_xlim()[1]
+        axis.plot([0, high], [0, high], color='0.5', lw=1, label='noise changes nothing')
         axis.set(title=stages[i], xlabel='natural images')
     axes[0, 0].set_ylabel(f'with noise of {TV_NOISE}')
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
@@ -1508,7 +1519,7 @@ def figure_ablation(results, folder):
                       color=colormaps['viridis'](i / max(len(stages) - 1, 1)), label=name)
         top = 100 * max(axis.get_xlim()[1], axis.get_ylim()[1]) / 100
         axis.plot([0, top], [0, top], color='0.5', lw=1)
-        lean = leaning(results, arm)
+        lean = leaning(results, arm, relative=True)
         axis.set(title=f'{called(results, arm)}: {100 * np.nanmean(lean):.0f} % of the channels\n'
                        f'that matter are above the line', xlabel='texture decisions lost (%)')
     axes[0, 0].set_ylabel('shape decisions lost (%)')
@@ -1536,12 +1547,14 @@ def figure_concept_ablation(results, folder):
                      label=called(results, arm))
             axis.hlines(base - random, at, at + 0.36, color='#56B4E9', lw=2.5,
                         label='as many random channels' if i else None)
-        axis.set_xticks(range(len(categories)), [f"{c}\n({found[c]['channels']})"
-                                                 for c in categories], fontsize=7)
+        axis.set_xticks(range(len(categories)), [
+            f"{c}\n{found[c]['concepts']} concepts,\n{found[c]['channels']} units"
+            for c in categories], fontsize=7)
         axis.set_title(name)
     axes[0, 0].set_ylabel('accuracy lost (points)')
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
-    fig.suptitle('Without the detectors of a category (as many channels in both networks)')
+    fig.suptitle('Without the units of one concept (as many in both networks), mean over the '
+                 'concepts of a category')
     common.save_figure(fig, folder, 'fig12_concept_ablation')
 
 
@@ -1919,15 +1932,20 @@ def input_claims(results, add):
 
 def ablation_claims(results, add):
     """V13: which cue the channels serve."""
-    s, r = (leaning(results, a) for a in ('standard', results['robust']))
-    empty = np.isnan(s).all() or np.isnan(r).all()
-    add('V13 More channels of R serve shape: share of the channels that matter whose removal '
-        'loses more of the shape than of the texture decisions, R minus S', PAPER + ', adapted',
-        common.bootstrap(lambda a, b: np.nanmean(b) - np.nanmean(a), s, r) if not empty
-        else (math.nan,) * 3, name=conflict_name(results),
-        why='no channel matters alone' if empty else None,
-        detail='' if empty else '{:.1f} and {:.1f} % of {} and {} channels'.format(
-            100 * np.nanmean(s), 100 * np.nanmean(r), np.isfinite(s).sum(), np.isfinite(r).sum()))
+    for relative, text, source in (
+            (False, 'more shape than texture decisions', PAPER + ', adapted'),
+            (True, 'a larger share of the shape than of the texture decisions (counts favour the '
+             'cue that decides more often, shares the other)', 'control')):
+        s, r = (leaning(results, a, relative) for a in ('standard', results['robust']))
+        empty = np.isnan(s).all() or np.isnan(r).all()
+        add(f'V13 More channels of R serve shape: zeroing them loses {text}, share of the '
+            'channels, R minus S', source,
+            common.bootstrap(lambda a, b: np.nanmean(b) - np.nanmean(a), s, r) if not empty
+            else (math.nan,) * 3, name=conflict_name(results),
+            why='no channel matters alone' if empty else None,
+            detail='' if empty else '{:.1f} and {:.1f} % of {} and {} channels'.format(
+                100 * np.nanmean(s), 100 * np.nanmean(r), np.isfinite(s).sum(),
+                np.isfinite(r).sum()))
 
 
 def control_claims(results, claims, add, has):
@@ -1993,14 +2011,19 @@ def print_table(results):
                         'right' if both else '', '', head + ('     CL: S      R' if both else ''))
         right = seen(results, 'standard', 'natural/natural') * seen(
             results, main, 'natural/natural') if both else None
-        for view in runs(results, 'views', arms[0])[0]:
-            row = [100 * seen(results, a, view).mean() for a in arms]
+        groups = [[v] for v in runs(results, 'views', arms[0])[0]
+                  if v.split('/')[0] not in CORRUPTIONS]
+        groups += [in_group(results, name) for name in CORRUPTIONS]
+        for names in groups:
+            row = [100 * seen(results, a, *names).mean() for a in arms]
             row = ''.join(f'{v:17.1f}' for v in row)
             if both and right.sum():
-                shares = [100 * (seen(results, a, view) * right).sum() / right.sum()
+                shares = [100 * (seen(results, a, *names) * right).sum() / right.sum()
                           for a in ('standard', main)]
                 row += '{:10.1f}{:7.1f}'.format(*shares)
-            common.log.info('%-32s%s', view.replace('/', ': '), row)
+            text = names[0].replace('/', ': ') if len(names) == 1 else \
+                f"{names[0].split('/')[0]}: mean of five severities"
+            common.log.info('%-32s%s', text, row)
     if results['cues']:
         common.log.info('\nConflicts: share decided for the first cue, of those for either '
                         '(coverage), %%\n%-32s%s', '', head)
