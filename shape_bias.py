@@ -22,6 +22,7 @@ Outputs    runs/shape_bias/<dataset>-<arch>/: results.json, metrics.csv, claims.
            fig15_stimuli   (each .png and .pdf; those that the data allow)
 """
 import argparse
+import io
 import json
 import math
 import re
@@ -34,8 +35,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib import colormaps
+from PIL import Image
 from scipy.stats import spearmanr
-from torchvision.io import ImageReadMode, decode_image, encode_jpeg, read_file
 
 import common
 from common import claim, effect_verdict, make_generator
@@ -64,6 +65,7 @@ SATURATION = (4, 16, 64, 1024)             # Zhang & Zhu 2019
 TAUS = (0.005, 0.02, 0.05, 0.1, 0.2)       # 0.005 is NetDissect's
 LIFT = 1.5                # of IoU over that with the masks of other images
 SCRAMBLES = (2, 4, 8)
+CONFLICTS, PROBES, PAIRS = 900, 1000, 500  # images of `shapes` for each
 TOP = 50                  # images that excite a channel most
 PATCH = 11                # pixels, of the patches compared
 BANDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # 1 is the Nyquist frequency
@@ -73,7 +75,7 @@ CORRUPTIONS = {           # five severities each
     'blur': (0.5, 0.75, 1.0, 1.5, 2.0),            # of the Gaussian, in 1/32 of the image
     'contrast': (0.75, 0.5, 0.35, 0.2, 0.1),       # factor, around the mean
     'veil': (0.2, 0.35, 0.5, 0.65, 0.8),           # opacity of a smooth bright field, like fog
-    'pixelate': (0.75, 0.625, 0.5, 0.375, 0.25),   # factor of the resolution
+    'pixelate': (0.5, 0.4, 0.3, 0.25, 0.2),        # factor of the resolution
     'JPEG': (80, 50, 30, 15, 7)}                   # quality
 # The reversed control: faint outlines with strong textures, which agree with the class in
 # seven of ten images; chosen on S alone (docs/results/README.md has the tries).
@@ -303,10 +305,18 @@ def corrupt(x, name, severity):
     if name == 'pixelate':
         small = F.interpolate(x, (round(h * value), round(w * value)), mode='area')
         return F.interpolate(small, (h, w), mode='nearest')
-    images = (x * 255).round().byte().contiguous(memory_format=torch.contiguous_format).cpu()
-    mode = ImageReadMode.GRAY if x.shape[1] == 1 else ImageReadMode.RGB
-    coded = [decode_image(code, mode) for code in encode_jpeg(list(images), quality=value)]
+    images = (x * 255).round().byte().cpu().numpy()
+    coded = [torch.from_numpy(jpeg(image, value)) for image in images]
     return common.to_float(torch.stack(coded)).to(x.device)
+
+
+def jpeg(image, quality):
+    """A uint8 image (C, H, W) after JPEG coding."""
+    file = io.BytesIO()
+    image = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+    Image.fromarray(np.ascontiguousarray(image)).save(file, 'JPEG', quality=quality)
+    decoded = np.array(Image.open(file))
+    return decoded[None] if decoded.ndim == 2 else decoded.transpose(2, 0, 1)
 
 
 def views(data, x):
@@ -381,11 +391,12 @@ def image_files(folder):
 def read_image(path, size, channels=3):
     """One image file as (C, S, S) in [0, 1]; smaller by averaging, as suits 32 pixels."""
     try:
-        x = decode_image(read_file(str(path)), ImageReadMode.RGB if channels == 3 else
-                         ImageReadMode.GRAY)
-    except RuntimeError as error:
-        raise common.UserError(f'{path} cannot be read ({str(error).splitlines()[0][:80]})')
-    return F.interpolate(common.to_float(x[None]), (size, size), mode='area')[0]
+        with Image.open(path) as image:
+            a = np.array(image.convert('RGB' if channels == 3 else 'L'))
+    except Exception as error:
+        raise common.UserError(f'{path} cannot be read ({type(error).__name__})')
+    x = torch.from_numpy(a.reshape(1, *a.shape[:2], channels)).permute(0, 3, 1, 2)
+    return F.interpolate(common.to_float(x), (size, size), mode='area')[0]
 
 
 # ---------------------------------------------------------------- simplicity 1: smoother filters
@@ -428,15 +439,14 @@ def smoothness(model):
 
 def map_variation(model, x):
     """TV of the activation maps on x and on x with noise, per stage: the mean over images of
-    each channel, the mean over channels of each image, and channels that never fire."""
+    each channel (2, C), and the number of channels that are constant."""
     noise = torch.randn(x.shape, generator=make_generator('tv-noise')).to(x.device)
     noisy, stages = (x + TV_NOISE * noise).clamp(0, 1), []
     for (name, a), (_, b) in zip(stage_maps(model, x), stage_maps(model, noisy)):
         tv, tv_noisy = total_variation(a), total_variation(b)
         dead = (a.amax((0, 2, 3)) - a.amin((0, 2, 3))) == 0
         stages.append(dict(name=name, dead=int(dead.sum()),
-                           channel=common.pack(torch.stack((tv.mean(0), tv_noisy.mean(0)))),
-                           image=common.pack(torch.stack((tv.mean(1), tv_noisy.mean(1))))))
+                           channel=common.pack(torch.stack((tv.mean(0), tv_noisy.mean(0))))))
     return stages
 
 
@@ -881,8 +891,8 @@ def conflict_sets(args, data, stimuli):
         x, y = common.to_float(data.test[0]), data.test[1]
         singles = [[k] for k in range(len(data.classes))]
         if data.name == 'shapes':
-            image, shape, texture = draw_images(900, 'conflict', x.shape[-1],
-                                                conflict_textures(900))
+            image, shape, texture = draw_images(CONFLICTS, 'conflict', x.shape[-1],
+                                                conflict_textures(CONFLICTS))
             sets['shapes'] = common.to_float(image).to(x.device), shape, texture, singles
         other = partners(y)
         sets['phase'] = phase_of(x, x[other]), y, y[other], singles
@@ -953,9 +963,9 @@ def measure_concepts(args, data, models, main, probe):
 def measure_reversed(pair, size, args, y_device):
     """Decisions of the two networks of the reversed control on its own conflicts, and accuracy
     on new images whose texture agrees with the outline."""
-    x, outline, texture = draw_images(900, 'reversed conflict', size, conflict_textures(900),
-                                      True)
-    plain, y, _ = draw_images(500, 'reversed test', size, None, True)
+    x, outline, texture = draw_images(CONFLICTS, 'reversed conflict', size,
+                                      conflict_textures(CONFLICTS), True)
+    plain, y, _ = draw_images(PROBES // 2, 'reversed test', size, None, True)
     x, plain, y = (v.to(y_device) for v in (x, plain, y))
     attack = partial(common.pgd, eps=args.eps, norm=args.norm, steps=20, step_size=args.eps / 4,
                      loss='margin', drop_fooled=True)
@@ -1065,7 +1075,7 @@ def study(args):
                                                                args.channels)
                                          for arm, m in models.items() if arm != 'untrained'})
         if pair:
-            pairs = {f: factor_pairs(500, shape[-1], f, device) for f in ('outline', 'texture')}
+            pairs = {f: factor_pairs(PAIRS, shape[-1], f, device) for f in ('outline', 'texture')}
             measure('dimensions', lambda: {arm: dimensions(m, pairs)
                                            for arm, m in models.items()})
             measure('reversed', lambda: measure_reversed(pair, shape[-1], args, device))
@@ -1094,9 +1104,9 @@ def natural_probe(data, sets, device):
     """The images that units are probed with: `make_probe` for shapes, else up to 1000 test
     images or the stimuli."""
     if data and data.name == 'shapes':
-        return make_probe(1000, data.shape[-1], device)
+        return make_probe(PROBES, data.shape[-1], device)
     if data:
-        x, y = (v[:1000] for v in data.test)
+        x, y = (v[:PROBES] for v in data.test)
         return dict(x=common.to_float(x), labels={'class': y.cpu()})
     x, shape, texture, _ = sets['stimuli']
     return dict(x=x, labels=dict(shape=shape, texture=texture))
@@ -1530,8 +1540,10 @@ def figure_ablation(results, folder):
         top = 100 * max(axis.get_xlim()[1], axis.get_ylim()[1]) / 100
         axis.plot([0, top], [0, top], color='0.5', lw=1)
         lean = leaning(results, arm, relative=True)
-        axis.set(title=f'{called(results, arm)}: {100 * np.nanmean(lean):.0f} % of the channels\n'
-                       f'that matter are above the line', xlabel='texture decisions lost (%)')
+        lean = lean[np.isfinite(lean)]
+        text = f'{100 * lean.mean():.0f} % of the channels\nthat matter are above the line' \
+            if len(lean) else 'no channel matters alone'
+        axis.set(title=f'{called(results, arm)}: {text}', xlabel='texture decisions lost (%)')
     axes[0, 0].set_ylabel('shape decisions lost (%)')
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right center')
     common.save_figure(fig, folder, 'fig11_ablation')
@@ -1690,13 +1702,15 @@ def judge(results, folder):
 def unfit(results, arms, name=None, gate=True):
     """Why networks cannot be compared: collapsed, decides too few of the conflicts `name` for
     either cue, or (gate) the robust one is not robust or has lost too much; None if they can."""
+    views = f"views-s{results['config']['seeds'][0]}" in results
+    if not views:  # the only sign that networks given on the command line know anything
+        name = name or conflict_name(results)
     for arm in arms:
         if any(results.get(f'collapsed-{arm}-s{s}') for s in results['config']['seeds']):
             return f'{arm} collapsed to one class'
         if name and coverage(*decided(results, arm, name)) < COVERAGE:
             return (f'{arm} decides {100 * coverage(*decided(results, arm, name)):.0f} % of the '
                     'conflicts for either cue')
-    views = f"views-s{results['config']['seeds'][0]}" in results
     if gate and views and results['robust'] in arms and 'standard' in arms:
         ratio, loss = gates(results)
         if ratio[0] < GATE or loss[0] > MARGIN:
@@ -1862,25 +1876,24 @@ def smoothness_claims(results, add):
             detail=f'{scale * np.nanmean(s):.2f} and {scale * np.nanmean(r):.2f}; '
             f'{sum(d > 0 for d in others)} of the {len(others)} later layers as well')
     stages = range(len(stage_names(results)))
-    terms = {a: [np.stack([common.unpack(run[i]['image']) for run in runs(results, 'maps', a)])
-                 for i in stages] for a in pair}  # (seeds, 2, images) of each stage
 
-    def rise(v):
-        return v[1].mean() / max(v[0].mean(), 1e-12) - 1
-
-    def difference(*v):
-        half = len(v) // 2
-        first, second = ([rise(v[i:i + 2]) for i in range(at, at + half, 2)]
-                         for at in (0, half))
-        return np.mean(first) - np.mean(second)
+    def rises(arm, chosen):
+        """(seeds, channels): change of each channel's TV under noise over the stage's mean TV,
+        weighted so that the mean is that over the stages."""
+        parts = []
+        for i in chosen:
+            clean, noisy = np.moveaxis(np.stack([common.unpack(run[i]['channel']) for run in runs(
+                results, 'maps', arm)]).astype(float), 1, 0)
+            change = (noisy - clean) / np.maximum(clean.mean(1, keepdims=True), 1e-12)
+            parts.append(change / change.shape[1] / len(chosen))
+        return np.concatenate(parts, 1) * sum(p.shape[1] for p in parts)
 
     for text, chosen in (('first stage', [0]), ('mean over the stages', stages)):
-        arrays = [terms[a][i][:, k] for a in pair for i in chosen for k in (0, 1)]
-        values = [100 * np.mean([rise(terms[a][i].swapaxes(0, 1)) for i in chosen])
-                  for a in pair]
+        s, r = (rises(a, chosen) for a in pair)
         add(f'V7 R blocks noise: relative rise of the TV of its activations under noise of '
-            f'{TV_NOISE}, {text}, S minus R', PAPER, common.bootstrap(difference, *arrays),
-            detail='{:.0f} and {:.0f} %'.format(*values))
+            f'{TV_NOISE}, {text}, S minus R', PAPER,
+            common.bootstrap(lambda a, b: a.mean() - b.mean(), s, r),
+            detail=f'{100 * s.mean():.0f} and {100 * r.mean():.0f} %')
     outliers = []
     for a in pair:
         rows = []
