@@ -1720,7 +1720,7 @@ def judge(results, folder):
         verdict = verdict or effect_verdict(found[1], found[2], threshold)
         if few and abs(found[0] - threshold) < least and verdict != 'inconclusive':
             verdict = 'inconclusive'
-            measured += f' (retraining alone may change it by {scale * least:g})'
+            measured += f' (retraining alone may change it by {scale * least:.3g})'
         claims.append(claim(text, source, measured + (f'; {detail}' if detail else ''),
                             f'uninformative: {why}' if why else verdict, reference))
 
