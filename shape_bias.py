@@ -800,18 +800,24 @@ def draw_images(n, key, size, texture, reverse=False):
     return (image.clamp(0, 1) * 255).round().byte(), params['outline'], params['texture']
 
 
+def training_textures(n, reverse):
+    """Textures for outlines 0, 1, ..., 9, 0, ...: random; with `reverse` as many of them agree
+    as REVERSED says."""
+    generator = make_generator('textures', 'reversed' if reverse else 'random')
+    texture = torch.randint(10, (n,), generator=generator)
+    if reverse:
+        agree = torch.rand(n, generator=generator) < REVERSED['agreement']
+        texture = torch.where(agree, torch.arange(n) % 10, texture)
+    return texture
+
+
 def retextured(data, reverse):
     """`shapes` for other trainings; the label is always the outline. Without `reverse` textures
     are random; with it they are REVERSED."""
     n, m, size = len(data.train[1]), len(data.val[1]), data.shape[-1]
-    name = 'reversed' if reverse else 'random'
-    generator = make_generator('textures', name)
-    texture = torch.randint(10, (n + m,), generator=generator)
-    if reverse:
-        agree = torch.rand(n + m, generator=generator) < REVERSED['agreement']
-        texture = torch.where(agree, torch.arange(n + m) % 10, texture)
-    x, y, _ = (v.to(data.val[1].device)
-               for v in draw_images(n + m, name, size, texture, reverse))
+    images = draw_images(n + m, 'reversed' if reverse else 'random', size,
+                         training_textures(n + m, reverse), reverse)
+    x, y, _ = (v.to(data.val[1].device) for v in images)
     return common.Data('shapes', data.classes, (x[:n], y[:n]), (x[n:], y[n:]), data.test,
                        data.pad, data.flip)
 
