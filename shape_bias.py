@@ -1345,7 +1345,8 @@ def figure_views(results, folder):
             axis.set_axis_on()
             common.show_image(axis, image / 255, name.replace(' ', '\n', 1) if row == 0 else '')
             axis.title.set_fontsize(7)
-    fig.suptitle('What the networks are shown: two images in every version')
+    credit = '; stimuli: Geirhos et al. 2019, CC BY 4.0, resized' if results['groups'] else ''
+    fig.suptitle('What the networks are shown: two images in every version' + credit)
     common.save_figure(fig, folder, 'fig1_views')
 
 
@@ -1580,8 +1581,8 @@ def figure_inputs(results, folder):
     axes[0, 0].set_ylabel('mean over channels')
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
                fontsize=8)
-    fig.suptitle(f'How mixed are the {top} images that excite a channel most? '
-                 '(effective numbers; distances relative to random patches)')
+    fig.suptitle(f'How mixed are the {top} images that excite a channel most?\n'
+                 '(effective numbers; distances relative to random patches)', fontsize=9)
     common.save_figure(fig, folder, 'fig10_inputs')
 
 
@@ -1782,8 +1783,10 @@ def unfit(results, arms, name=None):
             if coverage(*pair) < max(COVERAGE, 3 / count):  # 3 / count: 1.5 times chance
                 return (f'{arm} decides {100 * coverage(*pair):.0f} % of the conflicts for either '
                         'cue')
-            if np.sum(pair) < DECISIONS:
-                return f'{arm} decides {np.sum(pair):.0f} conflicts for either cue'
+            number = np.sum(pair) / len(pair[0])  # of each seed: the images are the same
+            if number < DECISIONS:
+                return (f'{arm} decides {number:.0f} conflicts for either cue, fewer than '
+                        f'{DECISIONS}')
     if views and results['robust'] in arms:
         ratio, loss = gates(results)
         if ratio[0] < GATE or loss[0] > MARGIN:
