@@ -91,7 +91,8 @@ COVERAGE = 0.5            # share of conflicts decided for either cue
 NO_SIGNAL = 0.05          # of chance: inputs this near to random ones
 DECISIONS, UNITS = 50, 20  # fewer decisions, or channels that matter, say nothing
 # How much two trainings that differ in their seed alone differed at most (three of S, three of
-# R on shapes; docs/results/README.md). With one or two seeds a smaller effect is inconclusive.
+# R on shapes; docs/results/README.md); other data are taken to be alike. A smaller effect is
+# inconclusive; for means over n seeds, one smaller than 1 / sqrt(n) of it.
 RETRAINED = {'bias': 0.09, 'hybrids': 0.05, 'flat fill': 0.11, 'silhouettes': 0.15, 'edges': 0.49,
              'accuracy': 0.11, 'TV': 0.08, 'energy': 0.03, 'rise': 0.03, 'outliers': 0.07,
              'detectors': 0.06, 'leaning': 0.32, 'dimensions': 0.02,
@@ -296,6 +297,8 @@ def spread(n, most):
 
 def partners(y):
     """For each image the index of a random one of another class: (N,)."""
+    if len(y.unique()) < 2:
+        raise common.UserError('the test images are all of one class; try a larger --test-size')
     generator = make_generator('partners')
     other = torch.randint(len(y), (len(y),), generator=generator)
     while (same := y.cpu()[other] == y.cpu()).any():
@@ -494,7 +497,6 @@ def make_probe(n, size, device):
     drawn = common.render_shapes(params, size)
     noise = common.SHAPES['noise'] * torch.randn(drawn['image'].shape, generator=generator)
     inside, edge = drawn['mask'] > 0.5, drawn['edge'] > 0.5
-    colour = colour_names(drawn['image'])
     colour = colour_names(drawn['image'])
     other = torch.randperm(n, generator=make_generator('other masks'))
     masks = [colour[:, None] == torch.arange(8)[:, None, None]]
@@ -1007,14 +1009,15 @@ def measure_reversed(pair, size, args, y_device):
 
 
 def identity(path):
-    """A name for a file or folder by its contents, free of where it lies."""
+    """Its name and contents, free of where a file or folder lies."""
     path = Path(path)
     files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
     if not path.exists():
-        return str(path)
+        return path.name
     digest = hashlib.sha1()
     for file in files:
-        digest.update(file.name.encode() + file.read_bytes())
+        name = str(file.relative_to(path)) if path.is_dir() else ''
+        digest.update(name.encode() + file.read_bytes())
     return f'{path.name}-{digest.hexdigest()[:10]}'
 
 
@@ -1052,6 +1055,9 @@ def study(args):
                                            'robust_weights')}
     for key, path in paths.items():  # results do not depend on where files lie
         setattr(args, key, path and identity(path))
+    if args.cue_conflict_dir:
+        args.cue_conflict_dir += ''.join('-' + identity(p).rsplit('-')[-1] for p in beside(
+            paths['cue_conflict_dir']).values() if p.is_dir())
     folder, config = common.start_run('shape_bias', args)
     vars(args).update(paths)
     data, shape, classes = None, (3, args.image_size, args.image_size), range(1000)
@@ -1114,6 +1120,12 @@ def study(args):
     return folder, json.loads(Path(folder, 'results.json').read_text())
 
 
+def beside(folder):
+    """Where the other stimuli lie, in the layout of Geirhos' repository."""
+    parent = Path(folder).resolve().parent
+    return dict(edges=parent / 'edges', silhouettes=parent / 'filled-silhouettes')
+
+
 def load_stimuli(folder, classes, shape, device):
     """Geirhos' stimuli for a network's categories: dict conflict (x, shape, texture, groups);
     congruent (shape and texture agree), edges and silhouettes: (x, category) or None. None
@@ -1126,16 +1138,15 @@ def load_stimuli(folder, classes, shape, device):
     if len(groups) < 2:
         raise common.UserError('--cue-conflict-dir: fewer than two classes of the data set are '
                                'among ' + ', '.join(SIXTEEN))
-    beside = {name: read_class_folder(Path(folder).resolve().parent / directory, groups,
-                                      shape[-1], device)
-              for name, directory in (('edges', 'edges'), ('silhouettes', 'filled-silhouettes'))}
+    others = {name: read_class_folder(path, groups, shape[-1], device)
+              for name, path in beside(folder).items()}
     x, first, second = read_stimuli(folder, groups, shape[-1], device)
     conflict = first != second
     if not conflict.any():
         raise common.UserError(f'{folder} holds no stimulus whose shape and texture differ')
     agreeing = (x[~conflict], first[~conflict]) if not conflict.all() else None
     return dict(conflict=(x[conflict], first[conflict], second[conflict], groups),
-                congruent=agreeing, **beside)
+                congruent=agreeing, **others)
 
 
 def natural_probe(data, sets, device):
@@ -1721,13 +1732,13 @@ def judge(results, folder):
     claims, main = [], results['robust']
     has = {key.split('-s')[0] for key in results}
 
-    few = len(results['config']['seeds']) < 3
+    seeds = len(results['config']['seeds'])
 
     def add(text, source, found, *, arms=('standard', main), name=None, threshold=0.0,
             unit='points', why=None, detail=None, reference='-', verdict=None, least=0.0):
         """found: (value, low, high) of an effect that must exceed the threshold; name: the
         conflict set whose coverage counts; why: what makes the claim uninformative; least: an
-        effect that retraining alone can have."""
+        effect that retraining alone can have, of means over n seeds 1 / sqrt(n) of it."""
         scale, digits = (100, 1) if unit in ('points', '%') else (1, 3)
         sign = '+' if threshold == 0 else ''
         value, low, high = (f'{scale * v:{sign}.{digits}f}' for v in found)
@@ -1736,7 +1747,8 @@ def judge(results, folder):
         if not np.isfinite(found).all():
             measured, why = 'not defined here', why or 'not defined here'
         verdict = verdict or effect_verdict(found[1], found[2], threshold)
-        if few and abs(found[0] - threshold) < least and verdict != 'inconclusive':
+        least /= seeds ** 0.5
+        if abs(found[0] - threshold) < least and verdict != 'inconclusive':
             verdict = 'inconclusive'
             measured += f' (retraining alone may change it by {scale * least:.3g})'
         claims.append(claim(text, source, measured + (f'; {detail}' if detail else ''),
@@ -1763,7 +1775,7 @@ def judge(results, folder):
         control_claims(results, add, has)
     if sets and 'untrained' in results['arms']:
         coverage_claim(results, claims, sets[0])
-    if few:
+    if seeds < 3:
         common.log.info('\nWith one or two --seeds the intervals are those of images or channels '
                         'of these networks; another training may come out otherwise.')
     common.write_claims(claims, folder)
@@ -1880,13 +1892,14 @@ def bias_claims(results, add, name):
             return spearmanr(eps, values).statistic if len(set(values)) > 1 else math.nan
 
         found = common.bootstrap(correlation, *pairs)
-        small = abs(shape_bias(*pairs[-2:]) - shape_bias(*pairs[:2])) < RETRAINED['bias'] and \
-            len(results['config']['seeds']) < 3
+        least = RETRAINED['bias'] / len(results['config']['seeds']) ** 0.5
+        small = abs(shape_bias(*pairs[-2:]) - shape_bias(*pairs[:2])) < least
+        note = f' (retraining alone may change it by {100 * least:.3g})' if small else ''
         add(f'V2 Shape bias grows with eps: rank correlation{on}', PAPER, found, name=name,
             arms=[a for _, a in ladder], verdict='inconclusive' if small else None, unit='',
             detail=', '.join(
-                f'{100 * shape_bias(*decided(results, a, name)):.1f}' for _, a in ladder) + ' %',
-            reference=f'nearly monotone ({BENCHMARK})')
+                f'{100 * shape_bias(*decided(results, a, name)):.1f}' for _, a in ladder)
+            + ' %' + note, reference=f'nearly monotone ({BENCHMARK})')
     if name == 'stimuli':
         for kind, reference in (('silhouettes', '48.1 to 60.6 %'), ('edges', '23.8 to 25.6 %')):
             found = {a: [v[kind] for v in runs(results, 'conflict', a) if kind in v]
@@ -2061,9 +2074,10 @@ def concept_claims(results, add):
             PAPER + ', adapted', common.bootstrap(lambda a, b: sign * (b.mean() - a.mean()), s, r),
             why=None if s.any() or r.any() else 'neither has any', least=RETRAINED['detectors'],
             detail='{:.1f} and {:.1f} %; more in R at {} of {} thresholds, in S at {}; without '
-            'the cut-offs {:.1f} and {:.1f} %; layout has {:.1f} and {:.1f} %'.format(
+            'the cut-offs {:.1f} and {:.1f} %{}'.format(
                 100 * s.mean(), 100 * r.mean(), sum(v > 0 for v in sweep), len(TAUS),
-                sum(v < 0 for v in sweep), *uncut, *layout))
+                sum(v < 0 for v in sweep), *uncut, '; layout has {:.1f} and {:.1f} %'.format(
+                    *layout) if 'layout' in categories else ''))
 
 
 def input_claims(results, add):
@@ -2127,7 +2141,8 @@ def control_claims(results, add, has):
         bad = [a for a in ('reversed standard', 'reversed robust')
                if any(results.get(f'collapsed-{a}-s{x}') for x in results['config']['seeds'])]
         add('Reversed control: with faint outlines and strong textures robust training moves '
-            'towards texture: shape bias, S minus R', 'control',
+            'towards texture, whatever it costs in natural accuracy: shape bias, S minus R',
+            'control',
             common.bootstrap(lambda a, b, c, d: shape_bias(a, b) - shape_bias(c, d), *s, *r),
             arms=(), least=RETRAINED['bias'],
             why=f'{bad[0]} collapsed' if bad else 'near chance' if low else
@@ -2222,7 +2237,7 @@ def main(argv=None):
     args = common.parse(make_parser(), argv)
     if args.plot_only:
         folder, results = common.open_results(args.plot_only)
-        if 'gallery' not in results:
+        if not {'robust', 'cues', 'gallery'} <= set(results):
             raise common.UserError(f'{folder} is no finished run of this study')
     else:
         folder, results = study(args)

@@ -153,6 +153,8 @@ def test_partners_are_of_other_classes():
     y = torch.arange(2000) % 10
     other = sb.partners(y)
     pairs = torch.bincount(y * 10 + y[other], minlength=100).view(10, 10)
+    with pytest.raises(common.UserError, match='one class'):
+        sb.partners(torch.zeros(5, dtype=torch.long))
     assert (pairs.diagonal() == 0).all() and (pairs + 99 * torch.eye(10).long()).min() > 5
 
 
@@ -555,6 +557,13 @@ def test_a_tiny_study_leaves_everything(finished, capsys):
     assert again == claims
 
 
+def test_runs_of_other_studies_are_not_redrawn(finished, tmp_path, capsys):
+    (tmp_path / 'results.json').write_text(json.dumps(dict(config={}, gallery={})))
+    with pytest.raises(SystemExit) as stop:
+        common.entry(lambda: sb.main(['--plot-only', str(tmp_path)]))
+    assert stop.value.code == 2 and 'no finished run' in capsys.readouterr().err
+
+
 def test_nothing_is_measured_twice(finished, monkeypatch):
     folder, results, _, out = finished
     monkeypatch.setattr(sb, 'measure_views', None)
@@ -659,6 +668,9 @@ def test_other_contents_are_other_runs(tmp_path):
     assert sb.identity(tmp_path / 'a')[2:] == sb.identity(tmp_path / 'c')[2:]
     assert sb.identity(tmp_path / 'a')[2:] != sb.identity(tmp_path / 'b')[2:]
     assert sb.identity('random') == 'random'
+    assert sb.identity(tmp_path / 'gone' / 'w.pt') == 'w.pt'  # no path of this machine
+    (tmp_path / 'a' / 'w.pt').rename(tmp_path / 'a' / 'v.pt')
+    assert sb.identity(tmp_path / 'a')[2:] != sb.identity(tmp_path / 'c')[2:]
 
 
 def test_small_effects_of_one_seed_are_inconclusive(finished, tmp_path):
