@@ -489,6 +489,12 @@ SHAPE_VARIANTS = ('standard', 'cue_conflict', 'outline_only', 'texture_only', 's
                   'silhouette_inverted', 'edges')
 
 
+def conflict_textures(n):
+    """Textures j != i for outlines i = 0, 1, ..., 9, 0, ...: all 90 pairs equally often."""
+    i = torch.arange(n)
+    return (i + 1 + i // 10 % 9) % 10
+
+
 def make_shapes(n, key, size=32, variant='standard'):
     """n images of a variant, the same for the same key on every device.
 
@@ -502,8 +508,7 @@ def make_shapes(n, key, size=32, variant='standard'):
         raise UserError(f"unknown variant '{variant}' of shapes; known: "
                         + ', '.join(SHAPE_VARIANTS))
     generator = make_generator('shapes', SHAPES_VERSION, key)
-    i = torch.arange(n)
-    texture = (i + 1 + i // 10 % 9) % 10 if variant == 'cue_conflict' else None
+    texture = conflict_textures(n) if variant == 'cue_conflict' else None
     params = shape_parameters(n, generator, texture=texture)
     images, masks, edges = [], [], []
     for start in range(0, n, 1000):  # bounds the memory

@@ -778,12 +778,6 @@ def dimensions(model, pairs):
 
 # ---------------------------------------------------------------------------- the experiment
 
-def conflict_textures(n):
-    """Textures j != i for outlines 0, 1, ..., 9, 0, ...: all 90 pairs equally often."""
-    i = torch.arange(n)
-    return (i + 1 + i // 10 % 9) % 10
-
-
 def draw_images(n, key, size, texture, reverse=False):
     """(x uint8, outline, texture) of `shapes` with outline 0, 1, ..., 9, 0, ... and the textures
     given (n,); reverse: faint outlines and strong textures (REVERSED)."""
@@ -905,13 +899,17 @@ def measure_views(args, data, models):
     for group, name, image in views(data, x):
         for arm, model in models.items():
             out[arm][f'{group}/{name}'] = common.pack(common.correct_under(model, image, y))
-    attack = partial(common.pgd, eps=args.eps, norm=args.norm, steps=20, step_size=args.eps / 4,
-                     loss='margin', drop_fooled=True)
     for arm, model in models.items():
-        generator = make_generator('test', device=x.device)
-        out[arm]['attack/PGD-20'] = common.pack(common.correct_under(
-            model, x, y, partial(attack, generator=generator)))
+        out[arm]['attack/PGD-20'] = common.pack(right_under_attack(args, model, x, y))
     return out
+
+
+def right_under_attack(args, model, x, y):
+    """Which images are right under PGD-20 on the margin: (N,) bool."""
+    attack = partial(common.pgd, eps=args.eps, norm=args.norm, steps=20, step_size=args.eps / 4,
+                     loss='margin', drop_fooled=True,
+                     generator=make_generator('test', device=x.device))
+    return common.correct_under(model, x, y, attack)
 
 
 def conflict_sets(args, data, stimuli):
@@ -922,7 +920,7 @@ def conflict_sets(args, data, stimuli):
         singles = [[k] for k in range(len(data.classes))]
         if data.name == 'shapes':
             image, shape, texture = draw_images(CONFLICTS, 'conflict', x.shape[-1],
-                                                conflict_textures(CONFLICTS))
+                                                common.conflict_textures(CONFLICTS))
             sets['shapes'] = common.to_float(image).to(x.device), shape, texture, singles
         other = partners(y)
         sets['phase'] = phase_of(x, x[other]), y, y[other], singles
@@ -991,20 +989,16 @@ def measure_reversed(pair, size, args, y_device):
     """Decisions of the two networks of the reversed control on its own conflicts, and accuracy
     on new images whose texture agrees with the outline."""
     x, outline, texture = draw_images(CONFLICTS, 'reversed conflict', size,
-                                      conflict_textures(CONFLICTS), True)
+                                      common.conflict_textures(CONFLICTS), True)
     plain, y, _ = draw_images(PROBES // 2, 'reversed test', size, None, True)
     x, plain, y = (v.to(y_device) for v in (x, plain, y))
-    attack = partial(common.pgd, eps=args.eps, norm=args.norm, steps=20, step_size=args.eps / 4,
-                     loss='margin', drop_fooled=True)
     out = dict(outline=common.pack(outline.short()), texture=common.pack(texture.short()),
                images=common.pack(x[:4]))
     for name, model in pair.items():
-        generator = make_generator('test', device=x.device)
         out[name] = dict(
             decisions=common.pack(logits_of(model, common.to_float(x)).argmax(1).short()),
             natural=common.correct_under(model, plain, y).float().mean().item(),
-            robust=common.correct_under(model, plain, y, partial(
-                attack, generator=generator)).float().mean().item())
+            robust=right_under_attack(args, model, plain, y).float().mean().item())
     return out
 
 
@@ -1515,7 +1509,7 @@ def figure_smoothness(results, folder):
             axis.plot(i + jitter, v, '.', color=colours(results)[arm], ms=4, alpha=0.6)
             axis.plot([i - 0.3, i + 0.3], [mean(v)] * 2, color=colours(results)[arm],
                       label=called(results, arm))
-        axis.set(title='first layer, every filter', ylabel=text, xticks=[])
+        axis.set(title='first layer, every filter' + first_seed(results), ylabel=text, xticks=[])
     for arm in results['arms']:
         means = [mean(units(results, 'filters', arm, 'tv', [i]))
                  for i in range(len(layers))]
@@ -1802,8 +1796,8 @@ def unfit(results, arms, name=None):
                 return (f'{arm} decides {number:.0f} conflicts for either cue, fewer than '
                         f'{DECISIONS}')
     if views and results['robust'] in arms:
-        ratio, loss = gates(results)
-        if ratio[0] < GATE or loss[0] > MARGIN:
+        ratio, loss = (statistic(s, r) for statistic, s, r in gates(results))
+        if ratio < GATE or loss > MARGIN:
             return 'the robust network fails its gate'
         if seen(results, 'standard', 'natural/natural').mean() < 1.5 / len(results['classes']):
             return 'standard is near chance on natural images'
@@ -1811,17 +1805,16 @@ def unfit(results, arms, name=None):
 
 
 def gates(results):
-    """Intervals of: robust accuracy of R over that of S (at least one image), natural accuracy
-    of S minus that of R."""
-    main = results['robust']
-    attacked = [seen(results, a, 'attack/PGD-20') for a in ('standard', main)]
-    natural = [seen(results, a, 'natural/natural') for a in ('standard', main)]
-    return (common.bootstrap(lambda s, r: r.mean() / max(s.mean(), 1 / s.size), *attacked),
-            common.bootstrap(lambda s, r: s.mean() - r.mean(), *natural))
+    """((statistic, S, R), (statistic, S, R)): robust accuracy of R over that of S (at least one
+    image), natural accuracy of S minus that of R."""
+    attacked, natural = ([seen(results, a, view) for a in ('standard', results['robust'])]
+                         for view in ('attack/PGD-20', 'natural/natural'))
+    return ((lambda s, r: r.mean() / max(s.mean(), 1 / s.size), *attacked),
+            (lambda s, r: s.mean() - r.mean(), *natural))
 
 
 def gate_claims(results, claims):
-    ratio, loss = gates(results)
+    ratio, loss = (common.bootstrap(*gate) for gate in gates(results))
     attacked = [100 * seen(results, a, 'attack/PGD-20').mean()
                 for a in ('standard', results['robust'])]
     claims.append(claim(

@@ -80,7 +80,7 @@ def test_cifar_decides_among_seven():
 
 
 def test_conflicts_hold_every_pair_equally_often():
-    _, outline, texture = sb.draw_images(900, 'test', 16, sb.conflict_textures(900))
+    _, outline, texture = sb.draw_images(900, 'test', 16, common.conflict_textures(900))
     pairs = torch.bincount(outline * 10 + texture, minlength=100).view(10, 10)
     assert (pairs.diagonal() == 0).all() and (pairs + 10 * torch.eye(10).long() == 10).all()
 
