@@ -30,7 +30,7 @@ import shutil
 import sys
 import time
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -1539,15 +1539,17 @@ def model_path(out, recipe):
 
 
 def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=None, extra=None,
-                val_loss='ce', keep=()):
+                val_loss='ce', keep=(), labels=None, check_every=1):
     """Train, or take from runs/models, or continue after an interruption.
 
     method: a key of METHODS, or any name with a loss_fn of the same signature; build(arch,
     classes, shape, seed) -> model; extra: what else changes the weights, a JSON-able dict;
     val_loss: what the validation attack maximises, as in `pgd`; keep: epochs after which the
     weights are kept in a folder beside the checkpoint (0: the initial ones), for `restore`. A
-    training that lacks some of them is done again, in that folder.
-    Each epoch is evaluated on the validation split; `best` is the epoch of highest robust
+    training that lacks some of them is done again, in that folder; labels: (N, ...), what
+    loss_fn gets of each training image as its y, by default data.train[1]; check_every: epochs
+    between evaluations, the last epoch has one in any case.
+    Epochs are evaluated on the validation split; `best` is the one of highest robust
     (standard training: natural) validation accuracy. Every random draw of an epoch comes
     from (seed, epoch), so that a resumed training equals an uninterrupted one.
     Returns dict(best, last: state_dicts; best_epoch, history, collapsed, seconds, recipe,
@@ -1601,6 +1603,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
         model.compile()
 
     n = len(data.train[1])
+    source = data if labels is None else replace(data, train=(data.train[0], labels))
     per_epoch = n // min(args.batch_size, n)
     threat = dict(eps=args.eps, step_size=args.step_size, steps=args.steps, norm=args.norm)
     started = time.perf_counter() - seconds
@@ -1612,7 +1615,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
         torch.manual_seed(int(torch.randint(2 ** 31, (1,), generator=generator, device=device)))
         total = torch.zeros((), device=device)
         model.train()
-        batches = train_batches(data, args.batch_size, generator, device)
+        batches = train_batches(source, args.batch_size, generator, device)
         for step, (x, y) in enumerate(batches, epoch * per_epoch):
             progress = step / (per_epoch * args.epochs)
             lr = args.lr * lr_factor(args.schedule, progress)
@@ -1635,21 +1638,26 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
                          if k in ('val_natural', 'val_robust')}
                 bar.set_postfix(loss=f'{loss.item():.3f}', **shown)
         row = dict(method=method, seed=seed, epoch=epoch + 1, lr=lr, eps=now['eps'],
-                   loss=total.item() / per_epoch, **epoch_accuracy(judged, data, args, val_loss))
+                   loss=total.item() / per_epoch)
+        checked = (epoch + 1) % check_every == 0 or epoch + 1 == args.epochs
+        row |= epoch_accuracy(judged, data, args, val_loss) if checked else \
+            dict.fromkeys(EPOCH_ACCURACY, math.nan)
         row['seconds'] = seconds = round(time.perf_counter() - started, 2)
         if not math.isfinite(row['loss']):
             raise UserError(f'{name}: the loss is {row["loss"]} in epoch {epoch + 1}; try a '
                             'smaller --lr')
         # robust accuracy selects, but not in the easier epochs of the warm-up
-        row['score'] = row['val_natural'] if method == 'standard' else \
-            row['val_robust'] if share == 1 else -1.0
+        row['score'] = -1.0 if not checked or method != 'standard' and share < 1 else \
+            row['val_natural' if method == 'standard' else 'val_robust']
         if row['score'] >= max((h['score'] for h in history), default=-1.0):
             best, best_epoch = copy.deepcopy(judged.state_dict()), epoch + 1
         history.append(row)
-        bar.clear()
-        log.info('%-9s s%d epoch %3d/%d  loss %.3f  train %.3f / %.3f  val %.3f / %.3f  %4.0f s',
-                 name, seed, epoch + 1, args.epochs, row['loss'], row['train_natural'],
-                 row['train_robust'], row['val_natural'], row['val_robust'], seconds)
+        if checked:
+            bar.clear()
+            log.info('%-9s s%d epoch %3d/%d  loss %.3f  train %.3f / %.3f  val %.3f / %.3f  '
+                     '%4.0f s', name, seed, epoch + 1, args.epochs, row['loss'],
+                     row['train_natural'], row['train_robust'], row['val_natural'],
+                     row['val_robust'], seconds)
         result = dict(recipe=recipe, history=history, best=best, best_epoch=best_epoch,
                       seconds=seconds)
         if epoch + 1 < args.epochs:
@@ -1701,6 +1709,10 @@ def update_average(average, model, decay):
             a.lerp_(b, 1 - decay)
         else:
             a.copy_(b)
+
+
+EPOCH_ACCURACY = ('val_natural', 'val_robust', 'train_natural', 'train_robust', 'val_fgsm',
+                  'val_top_share')
 
 
 def epoch_accuracy(model, data, args, loss='ce'):

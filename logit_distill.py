@@ -1,0 +1,1596 @@
+"""The logits of robust CNNs, and what a student learns from them on clean images alone.
+
+Paper      Seguin, Ndirango, Mishra, Chung, Lee. Understanding the logit distributions of
+           adversarially-trained deep neural networks. arXiv 2108.12001, 2021.
+Question   Adversarial training lowers the largest logit and its distance to the others. A
+           student that copies a robust teacher's logits on clean images becomes somewhat
+           robust. Which part of the logits teaches that: small logits, which samples are
+           confident, the order of the wrong classes?
+Method     Teachers: standard (STD) and adversarial (AT) training. Students: the same network
+           from other initial weights, trained on clean images, without labels, to match the
+           AT teacher's logits after one manipulation each (M0-M19). Equal steps, schedule and
+           order for all. R(M) = (RA_M - RA_STD) / (RA_AT - RA_STD) is the share of the
+           teacher's robustness that student M keeps; RA is worst-case accuracy.
+Usage      python logit_distill.py                              shapes, minutes on a laptop
+           python logit_distill.py --dataset cifar10            ResNet-18, one GPU
+           python logit_distill.py --students all --seeds 0 1 --distil-epochs 60
+           python logit_distill.py --students M0 M0/T5 M0/mse M4 M4/T5    other objectives
+Outputs    runs/logit_distill/<dataset>-<arch>/: results.json, metrics.csv, claims.md and
+           fig1_logits  fig2_theory  fig3_disagreement  fig4_gallery  fig5_targets
+           fig6_students  fig7_lengths  fig8_classes  fig9_eps  fig10_learned
+           (each .png and .pdf)
+Not known  Only the paper's abstract was at hand when this was written. Its claims are quoted
+           from there; its theorem, settings, manipulations and numbers are not known, so the
+           theory tested here, M0-M19 and every threshold are ours unless a source is named.
+"""
+import argparse
+import copy
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+from scipy.stats import mannwhitneyu, rankdata
+
+import common
+from common import bootstrap, claim, effect_verdict, final_logits, unpack
+
+# Distillation: KL at T = 1 without labels, SGD as for the teachers (ours; Goldblum et al. 2020
+# distil for 200 epochs at T = 30). Attacks: PGD-50 on the margin with 10 restarts beside
+# AutoAttack's own numbers; shapes is small to keep the study within minutes.
+DEFAULTS = {
+    '*': dict(students=['M0', 'M1', 'M2', 'M4', 'K3', 'M5', 'M6', 'M7', 'M8', 'M11', 'M12', 'M16',
+                        'M17', 'STD', 'SA', 'AS'],
+              distil_epochs=200, logit_images=10000, margin_steps=50, restarts=10,
+              apgd_steps=100, targets=9, square_queries=5000),
+    'shapes': dict(distil_epochs=18, logit_images=2000, margin_steps=25, restarts=1,
+                   apgd_steps=25, targets=3, square_queries=100),
+}
+RUNGS = (0.25, 0.5)                    # of eps: further teachers, for the dose response
+LENGTHS = (1 / 9, 1 / 3)               # of the distillation: shorter ones, each complete
+LENGTH_STUDENTS = ('M0', 'M2', 'M4', 'M11')
+# The students' robustness is judged at half the teacher's eps, and shown at eps, too: in a
+# first trial on shapes M0 kept 45 % at 4/255 and 2 % at 8/255, where nothing can be compared.
+JUDGED = 0.5
+EVERY = ('fgsm', 'pgd20', 'margin')    # attacks that every image faces
+DRAWS = 2000                           # of the bootstrap
+REDRAWS = 32                           # of a random target, to average what can be learned
+GALLERY = 10                           # images per row
+TARGETS_VERSION = 1                    # raise it when a change of this file changes a student
+
+# Thresholds of the claims, fixed before any run.
+SCALE_NEAR_ONE = (0.8, 1.25)           # V4
+RADIUS_POINTS = 0.10                   # V5
+DISAGREE = 0.05                        # V6
+TRANSFER = 0.15                        # V9
+SHRINK_ONLY = 0.25                     # V10
+MATTERS, ESSENTIAL = 0.2, 0.75         # V11-V12: share of R(M0) lost
+COMPLEX = 0.5                          # V14
+DOSE = 0.8                             # V15
+NATURAL_GAP = 0.02                     # V16
+LEARNED = 0.10                         # V0: mean confidence and gap against the target's
+BASE = 0.10                            # R(M0) below which nothing can be lost
+RETRAINED = 0.08                       # sd of RA between retrained students, / sqrt(p (1-p))
+
+NAMES = {
+    'M0': 'intact', 'M1': 'others permuted, afresh', 'M2': 'others permuted, per sample',
+    'M3': 'others permuted, per class', 'M4': 'others flat', 'M5': 'runner-up kept, rest flat',
+    'M6': 'others reversed', 'M7': 'class mean', 'M8': 'own values, class-mean order',
+    'M9': 'own order, mean values', 'M10': 'runner-up swapped', 'M11': 'constant confidence',
+    'M12': 'confidence shuffled', 'M13': 'constant largest logit', 'M14': 'constant gap',
+    'M15': 'class Gaussians', 'M16': 'label smoothing', 'M17': 'STD, gap of AT',
+    'M18': 'hard label, weighted by confidence', 'M19': 'hard label',
+    'K2': 'two wrong classes kept', 'K3': 'three wrong classes kept',
+    'K5': 'five wrong classes kept', 'STD': 'STD teacher, intact',
+    'AS': "AT's confidence, STD's others", 'SA': "STD's confidence, AT's others",
+    'LSQ': 'logit squeezing'}
+KEPT = {'M4': 0, 'M5': 1, 'K2': 2, 'K3': 3, 'K5': 5}  # wrong classes that keep their logit
+FROM_STD = ('M17', 'STD', 'AS', 'SA')                 # need the STD teacher's logits
+RANDOM = ('M1', 'M2', 'M10', 'M12', 'M15')            # targets drawn for every image
+
+
+# ------------------------------------------------------------------- the method: logits
+
+def log_odds(t, m):
+    """log p_m / (1 - p_m) of softmax(t): (N,). t: (N, K); m: (N,). Ranks as the confidence
+    p_m does, without its saturation at 1."""
+    others = t.scatter(1, m[:, None], -math.inf)
+    return t.gather(1, m[:, None])[:, 0] - others.logsumexp(1)
+
+
+def logit_measures(z):
+    """Of logits (N, K): largest, largest minus the mean (a shift of all logits, which no
+    training sees, drops out), gap to the runner-up, log-odds of the prediction: each (N,)."""
+    top = z.topk(2, 1)[0]
+    return dict(largest=top[:, 0], centred=top[:, 0] - z.mean(1), gap=top[:, 0] - top[:, 1],
+                odds=log_odds(z, z.argmax(1)))
+
+
+def linear_radius(model, x, y, norm='linf'):
+    """(radius, logit gap, gradient gap), each (N,): the smallest (z_y - z_j) / ||grad z_y -
+    grad z_j||_1 over j != y, and its two parts (Shafahi et al. 2019, eq. 4; l2: the 2-norm).
+
+    Were the logits linear in x, a perturbation beyond this radius would suffice.
+    """
+    with common.frozen(model):
+        x = x.detach().requires_grad_()
+        z = final_logits(model(x))
+        gradients = torch.stack([torch.autograd.grad(z[:, j].sum(), x, retain_graph=True)[0]
+                                 .flatten(1) for j in range(z.shape[1])], 1)
+    rows = torch.arange(len(y), device=x.device)
+    size = torch.linalg.vector_norm(gradients[rows, y][:, None] - gradients, dim=2,
+                                    ord=1 if norm == 'linf' else 2)
+    gap = z.detach().gather(1, y[:, None]) - z.detach()
+    radius = (gap / size.clamp(min=1e-12)).scatter(1, y[:, None], math.inf)
+    j = radius.argmin(1)
+    return radius[rows, j], gap[rows, j], size[rows, j]
+
+
+def best_scale(z, y, largest=1e3):
+    """The s > 0 that minimises the mean cross-entropy of s z: inf where it falls for ever,
+    which it does when every image is classified correctly. z: (N, K); convex in s."""
+    z = z.double()
+    others = z.scatter(1, y[:, None], -math.inf).amax(1)
+    if (z.gather(1, y[:, None])[:, 0] > others).all():
+        return math.inf
+    found = minimize_scalar(lambda log_s: F.cross_entropy(math.exp(log_s) * z, y).item(),
+                            bounds=(math.log(1e-3), math.log(largest)), method='bounded',
+                            options=dict(xatol=1e-6))
+    return math.exp(found.x)
+
+
+def scale_bound(z, y):
+    """An upper bound on `best_scale`, from the violations alone.
+
+    If a share r of the images has max_j z_j - z_y >= gamma > 0, then
+    s* <= ((1 - r)(K - 1) / e + 2 r log K) / (r gamma). The least over all gamma; inf without
+    violations. Ours, not the paper's theorem: a right answer pulls the scale up by at most
+    (K - 1) / (e s), a violation pulls it down by gamma - 2 log K / s.
+    """
+    violation = common.margin(z.double(), y).sort(descending=True)[0]
+    violation = violation[violation > 0]
+    r = torch.arange(1, len(violation) + 1, dtype=torch.float64, device=z.device) / len(y)
+    k = z.shape[1]
+    bounds = ((1 - r) * (k - 1) / math.e + 2 * r * math.log(k)) / (r * violation)
+    return bounds.min().item() if len(bounds) else math.inf
+
+
+def looks(x):
+    """What can be measured about an image without a network: {name: (N,)}. x: (N, C, H, W)."""
+    grey = x.mean(1)
+    centred = grey - grey.mean((1, 2), keepdim=True)
+    power = torch.fft.fft2(centred).abs() ** 2
+    fy, fx = torch.meshgrid(torch.fft.fftfreq(grey.shape[1], device=x.device),
+                            torch.fft.fftfreq(grey.shape[2], device=x.device), indexing='ij')
+    high = torch.maximum(fy.abs(), fx.abs()) > 0.25
+    dy, dx = grey[:, 1:, :-1] - grey[:, :-1, :-1], grey[:, :-1, 1:] - grey[:, :-1, :-1]
+    rim = max(1, grey.shape[1] // 8)
+    border = torch.ones_like(grey[0], dtype=torch.bool)
+    border[rim:-rim, rim:-rim] = False
+    return {'high frequencies': power[:, high].sum(1) / power.sum((1, 2)).clamp(min=1e-12),
+            'edges': (dy ** 2 + dx ** 2).sqrt().mean((1, 2)),
+            'contrast': grey.std((1, 2)), 'background variance': grey[:, border].var(1)}
+
+
+# ---------------------------------------------------------- the method: manipulated targets
+
+# Each takes logits t (N, K), already divided by the temperature, and m (N,), the class that
+# the teacher predicts, and returns logits (N, K). "Others" are the classes other than m.
+
+def ranked(t, m):
+    """(classes, values), each (N, K): m first, then the others from largest to smallest."""
+    order = t.scatter(1, m[:, None], math.inf).argsort(dim=1, descending=True, stable=True)
+    return order, t.gather(1, order)
+
+
+def place(classes, values):
+    """Logits that have these values at these classes, each (N, K)."""
+    return torch.empty_like(values).scatter_(1, classes, values)
+
+
+def permute_others(t, m, u):
+    """The others change places, in the order of the random numbers u (N, K)."""
+    classes, values = ranked(t, torch.as_tensor(m))
+    order = u[:, 1:].argsort(1) + 1
+    return place(classes, torch.cat((values[:, :1], values.gather(1, order)), 1))
+
+
+def flatten_others(t, m, keep=0):
+    """All others but the `keep` largest become equal, their share of softmax(t) unchanged:
+    the log of their mean exponential. The arithmetic mean would raise the confidence."""
+    classes, values = ranked(t, m)
+    tail = values[:, 1 + keep:]
+    if tail.shape[1] == 0:
+        return t.clone()
+    level = tail.logsumexp(1, keepdim=True) - math.log(tail.shape[1])
+    return place(classes, torch.cat((values[:, :1 + keep], level.expand_as(tail)), 1))
+
+
+def reverse_others(t, m):
+    """The largest other changes places with the smallest, and so on."""
+    classes, values = ranked(t, m)
+    return place(classes, torch.cat((values[:, :1], values[:, 1:].flip(1)), 1))
+
+
+def reorder_others(t, m, scores):
+    """The same values, but the others ranked as in scores (N, K)."""
+    return place(ranked(scores, m)[0], ranked(t, m)[1])
+
+
+def with_profile(t, m, profile):
+    """The same order, but the values of profile (K,), from m to the smallest other."""
+    return place(ranked(t, m)[0], profile.expand_as(t))
+
+
+def swap_runner_up(t, m, u):
+    """The runner-up changes places with a random one of the classes behind it; u: (N,)."""
+    classes, values = ranked(t, m)
+    k = t.shape[1]
+    other = (2 + (u * (k - 2)).long()).clamp(max=k - 1)[:, None]
+    swapped = values.scatter(1, other, values[:, 1:2])
+    swapped[:, 1:2] = values.gather(1, other)
+    return place(classes, swapped)
+
+
+def with_odds(t, m, odds):
+    """The others as they are, m moved so that the log-odds of its probability are odds, a
+    number or (N,)."""
+    others = t.scatter(1, m[:, None], -math.inf).logsumexp(1)
+    return t.scatter(1, m[:, None], (others + odds)[:, None])
+
+
+def with_gap(t, m, gap):
+    """The others as they are, m moved to lie `gap` above the largest of them."""
+    others = t.scatter(1, m[:, None], -math.inf).amax(1)
+    return t.scatter(1, m[:, None], (others + gap)[:, None])
+
+
+def with_largest(t, m, height):
+    """The others as they are, m moved to lie `height` above their mean."""
+    others = (t.sum(1) - t.gather(1, m[:, None])[:, 0]) / (t.shape[1] - 1)
+    return t.scatter(1, m[:, None], (others + height)[:, None])
+
+
+def hard(t, m):
+    """All probability on m."""
+    return 1e4 * F.one_hot(m, t.shape[1]).to(t.dtype)
+
+
+def describe(t, s):
+    """What manipulations take from a whole set of images.
+
+    t, s: (N, K) logits of the AT and the STD teacher, divided by the temperature. Returns a
+    dict of tensors: `mean` (K, K), row m the mean of the centred logits of the images read as
+    m (zeros where there are none), `scatter` (K, K, K), a root of their covariance; `profile`
+    (K,), the mean sorted logits; the means of log-odds, gap and height that M11, M13, M14 and
+    M17 need; and `odds` and `m` of every image.
+    """
+    k, m = t.shape[1], t.argmax(1)
+    t = t - t.mean(1, keepdim=True)
+    values = ranked(t, m)[1]
+    mean, scatter = torch.zeros(k, k, device=t.device), torch.zeros(k, k, k, device=t.device)
+    for c in m.unique().tolist():
+        rows = t[m == c]
+        mean[c] = rows.mean(0)
+        if len(rows) > 1:
+            w, v = torch.linalg.eigh(torch.cov(rows.T.double()))
+            scatter[c] = (v * w.clamp(min=0).sqrt()).float()
+    confidence = torch.sigmoid(log_odds(t, m).double()).mean()
+    s_top = s.topk(2, 1)[0]
+    gap = (values[:, 0] - values[:, 1]).mean()
+    return dict(m=m, odds=log_odds(t, m), mean=mean, scatter=scatter, profile=values.mean(0),
+                mean_odds=torch.logit(confidence).float(), gap=gap,
+                height=(values[:, 0] - values[:, 1:].mean(1)).mean(),
+                centred=values[:, 0].mean(),
+                shrink=gap / (s_top[:, 0] - s_top[:, 1]).mean())
+
+
+def draw_table(whole, m, odds, generator):
+    """The random numbers of every image, drawn once: row i belongs to image i.
+
+    whole: `describe` of the training images; m, odds: of the images the table is for.
+    Returns u (N, K); borrowed (N,), the log-odds of another image with the same m; gaussian
+    (N, K), logits drawn with the mean and covariance of class m (M15), again where the largest
+    is not m, at most 20 times.
+    """
+    n, k = len(m), len(whole['mean'])
+    device = m.device
+    borrowed = odds.clone()
+    for c in m.unique().tolist():
+        rows = (m == c).nonzero()[:, 0]
+        order = torch.randperm(len(rows), generator=generator, device=device)
+        borrowed[rows] = odds[rows[order]]
+    gaussian = torch.zeros(n, k, device=device)
+    for again in range(20):
+        noise = torch.randn(n, k, generator=generator, device=device)
+        fresh = whole['mean'][m] + torch.einsum('nij,nj->ni', whole['scatter'][m], noise)
+        redraw = gaussian.argmax(1) != m if again else torch.ones_like(m, dtype=torch.bool)
+        gaussian = torch.where(redraw[:, None], fresh, gaussian)
+    return dict(u=torch.rand(n, k, generator=generator, device=device), borrowed=borrowed,
+                gaussian=gaussian)
+
+
+def targets(name, t, s, whole, table, fresh):
+    """The logits that student `name` has to match, (N, K).
+
+    t, s: AT and STD teacher's logits (N, K), divided by the temperature; whole: `describe` of
+    the training images; table: the rows of `draw_table` of these images; fresh: a generator
+    for what is drawn anew at every presentation.
+    """
+    m, k = t.argmax(1), t.shape[1]
+    if name in KEPT:
+        return flatten_others(t, m, KEPT[name])
+    return {
+        'M0': lambda: t,
+        'M1': lambda: permute_others(t, m, torch.rand(t.shape, generator=fresh, device=t.device)),
+        'M2': lambda: permute_others(t, m, table['u']),
+        'M3': lambda: place(  # class c's logit goes to a class that depends on m and c alone
+            _class_permutations(k, t.device)[m], t),
+        'M6': lambda: reverse_others(t, m),
+        'M7': lambda: whole['mean'][m],
+        'M8': lambda: reorder_others(t, m, whole['mean'][m]),
+        'M9': lambda: with_profile(t, m, whole['profile']),
+        'M10': lambda: swap_runner_up(t, m, table['u'][:, 0]),
+        'M11': lambda: with_odds(t, m, whole['mean_odds']),
+        'M12': lambda: with_odds(t, m, table['borrowed']),
+        'M13': lambda: with_largest(t, m, whole['height']),
+        'M14': lambda: with_gap(t, m, whole['gap']),
+        'M15': lambda: table['gaussian'],
+        'M16': lambda: flatten_others(with_odds(t, m, whole['mean_odds']), m),
+        'M17': lambda: s * whole['shrink'],
+        'M18': lambda: hard(t, m),
+        'M19': lambda: hard(t, m),
+        'STD': lambda: s,
+        'AS': lambda: with_odds(s, m, log_odds(t, m)),
+        'SA': lambda: with_odds(t, m, log_odds(s, s.argmax(1))),
+    }[name]()
+
+
+def _class_permutations(k, device):
+    """(K, K): row m a permutation of the classes that leaves m where it is."""
+    rows = []
+    for m in range(k):
+        others = torch.tensor([c for c in range(k) if c != m])
+        row = torch.arange(k)
+        row[others] = others[torch.randperm(k - 1, generator=common.make_generator('M3', m))]
+        rows.append(row)
+    return torch.stack(rows).to(device)
+
+
+def expected_target(name, t, s, whole, key):
+    """What a student can learn of a random target: the log of its mean probability over
+    redraws, (N, K). For M1 and M2 the mean over permutations is M4's target."""
+    device, total = t.device, 0
+    m = t.argmax(1)
+    rounds = REDRAWS if name in RANDOM else 1
+    for i in range(rounds):
+        generator = common.make_generator('expected', name, key, i, device=device)
+        table = draw_table(whole, m, log_odds(t, m), generator)
+        total = total + targets(name, t, s, whole, table, generator).double().softmax(1)
+    return (total / rounds).clamp(min=1e-30).log().float() if rounds > 1 else \
+        targets(name, t, s, whole, table, generator)
+
+
+def distil_loss(z, target, temperature=1.0, kind='kl'):
+    """(N,): T^2 KL(softmax(target) || softmax(z / T)) (Hinton et al. 2015), or 'mse', its limit
+    for T -> inf: half the mean square of the centred difference.
+
+    z: (N, K) of the student; target: (N, K), divided by T already (mse: T = 1).
+    """
+    if kind == 'mse':
+        difference = z.float() - target
+        return 0.5 * (difference - difference.mean(1, keepdim=True)).pow(2).mean(1)
+    return temperature ** 2 * common.kl_divergence(z / temperature, target)
+
+
+def squeeze_weight(height, k):
+    """The lambda for which CE(z, y) + lambda |z|^2 of free logits is least where the true one
+    lies `height` above the mean: with g = height K / (K - 1) the gap and p its probability,
+    lambda = (1 - p) K / (2 g (K - 1))."""
+    g = height * k / (k - 1)
+    wrong = 1 - 1 / (1 + (k - 1) * math.exp(-g))
+    return wrong * k / (2 * g * (k - 1))
+
+
+# ---------------------------------------------------------------------------- the experiment
+
+def parse_student(text):
+    """'M4', 'M4/T5' (temperature), 'M4/mse' (loss) or 'M4/again' (other initial weights and
+    order) -> (name, temperature, loss, again). ValueError otherwise."""
+    name, _, option = text.partition('/')
+    temperature = float(option[1:]) if option[:1] == 'T' else 1.0
+    if name not in NAMES or not 0 < temperature < 1e4 or option not in ('', 'mse', 'again') and \
+            option[:1] != 'T' or option == 'mse' and name in ('M18', 'M19', 'LSQ'):
+        raise ValueError(text)
+    return name, temperature, 'mse' if option == 'mse' else 'kl', option == 'again'
+
+
+def student_name(text):
+    """'M0' -> 'M0 intact'; 'M0/T5' -> 'M0 intact, T5'."""
+    name, _, option = text.partition('/')
+    return f'{name} {NAMES[name]}' + (f', {option}' if option else '')
+
+
+def network_name(args, eps):
+    """'AT 4/255' of a teacher trained at eps; 'AT' of the study's own."""
+    if eps == args.eps:
+        return 'AT'
+    return f'AT {eps * 255:.3g}/255' if args.norm == 'linf' and eps < 0.1 else f'AT {eps:.3g}'
+
+
+def train_networks(args, data, seed, device, rows):
+    """{name: result of train_model}: STD, AT, AT at RUNGS of eps, and STD' and AT', trained
+    alike from the next seed."""
+    def train(method, share=1.0, seed=seed):
+        own = copy.copy(args)
+        own.eps, own.step_size = args.eps * share, args.step_size * share
+        trained = common.train_model(own, data, method, seed, device)
+        rows.extend(r for r in trained['history'] if r not in rows)
+        return trained
+
+    networks = {'STD': train('standard'), 'AT': train(args.teacher)}
+    for share in RUNGS:
+        networks[network_name(args, share * args.eps)] = train(args.teacher, share)
+    return networks | {"STD'": train('standard', seed=seed + 1),
+                       "AT'": train(args.teacher, seed=seed + 1)}
+
+
+def logits_of(model, x, batch=250):
+    """(N, K) float32, of uint8 images."""
+    with torch.no_grad():
+        return torch.cat([final_logits(model(common.to_float(b))).float()
+                          for b in x.split(batch)])
+
+
+def make_lesson(args, data, more, networks, seed, device):
+    """What all students of a seed share: the teachers, their logits, transferred attacks.
+
+    more: (x, y), the images on which logits are measured. Without augmentation every image has
+    one view, and the teachers' logits of the training images serve throughout.
+    """
+    lesson = dict(fixed=not (data.pad or data.flip), recipes=[
+        common.short_hash(networks[name]['recipe']) for name in ('AT', 'STD')])
+    for name, key in (('AT', 't'), ('STD', 's')):
+        model = common.restore(networks[name], 'best', args, data, device)
+        lesson |= {name: model, key: logits_of(model, data.train[0]),
+                   key + '_more': logits_of(model, more[0])}
+    lesson['transfer'] = {}
+    x, y = data.test
+    for radius in radii(args):
+        for name in ('AT', 'STD'):
+            lesson['transfer'][name, radius] = torch.cat([common.pgd(
+                lesson[name], common.to_float(a), b, eps=radius, step_size=radius / 8, steps=20,
+                norm=args.norm, loss='margin', generator=common.make_generator(
+                    'transfer', name, seed, device=device))
+                for a, b in zip(x.split(250), y.split(250))])
+    return lesson
+
+
+def radii(args):
+    """The radius of the claims, and the teacher's eps."""
+    return JUDGED * args.eps, args.eps
+
+
+def distil(args, data, lesson, student, epochs, seed, device):
+    """Train one student on clean images; the result of train_model."""
+    name, temperature, kind, again = parse_student(student)
+    own = copy.copy(args)
+    own.epochs, own.arch, own.eps_warmup = epochs, args.student_arch or args.arch, 0.0
+    t, s = lesson['t'] / temperature, lesson['s'] / temperature
+    whole = describe(t, s)
+    table = draw_table(whole, whole['m'], whole['odds'],
+                       common.make_generator('targets', seed, device=device))
+    weight = squeeze_weight(whole['centred'].item(), t.shape[1])
+
+    def loss_fn(model, x, y, threat, generator):
+        label, i = y.unbind(1)
+        if name == 'LSQ':
+            z = model(x).float()
+            return F.cross_entropy(z, label) + weight * z.pow(2).sum(1).mean()
+        with torch.no_grad():  # teacher and student see the same view
+            a, b = (None if k == 's' and name not in FROM_STD else
+                    lesson[k][i] / temperature if lesson['fixed'] else
+                    final_logits(lesson[net](x)).float() / temperature
+                    for k, net in (('t', 'AT'), ('s', 'STD')))
+            target = targets(name, a, b, whole, {k: v[i] for k, v in table.items()}, generator)
+            m = a.argmax(1)
+            use = torch.ones_like(a[:, 0])
+            if name not in ('STD', 'M17'):  # a manipulation that changes the prediction
+                use = (target.argmax(1) == m).float()
+            if name == 'M18':
+                use = torch.sigmoid(log_odds(a, m))
+            if args.teacher_wrong == 'drop':
+                use = use * (m == label)
+        each = distil_loss(model(x), target, temperature, kind)
+        return (use * each).sum() / use.sum().clamp(min=1e-6)
+
+    index = torch.arange(len(data.train[1]), device=device)
+    extra = dict(student=student, teachers=lesson['recipes'], version=TARGETS_VERSION,
+                 teacher_wrong=args.teacher_wrong)
+    return common.train_model(
+        own, data, 'student-' + student.replace('/', '-'), seed + (2000 if again else 1000),
+        device, loss_fn=loss_fn, extra=extra, labels=torch.stack((data.train[1], index), 1),
+        check_every=epochs)
+
+
+def evaluation_attacks(args, eps, seed, device):
+    """{name: function (model, x, y) -> x_adv} at one radius."""
+    def generator(name):
+        return common.make_generator('evaluate', name, seed, device=device)
+
+    shared = dict(eps=eps, norm=args.norm)
+    attacks = {
+        'fgsm': partial(common.fgsm, **shared),
+        'pgd20': partial(common.pgd, **shared, steps=20, step_size=eps / 4, drop_fooled=True,
+                         generator=generator('pgd20')),
+        'margin': partial(common.pgd, **shared, steps=args.margin_steps, step_size=eps / 8,
+                          loss='margin', restarts=args.restarts, drop_fooled=True,
+                          generator=generator('margin')),
+        'apgd_ce': partial(common.apgd, **shared, steps=args.apgd_steps,
+                           generator=generator('apgd_ce')),
+        'apgd_t': partial(common.apgd, **shared, steps=args.apgd_steps, targets=args.targets,
+                          generator=generator('apgd_t'))}
+    if args.norm == 'linf':
+        attacks['square'] = partial(common.square, eps=eps, queries=args.square_queries,
+                                    generator=generator('square'))
+    return attacks
+
+
+def evaluate(args, data, model, lesson, seed, device):
+    """Worst-case correctness at both radii and the checks of the evaluation itself.
+
+    FGSM, PGD-20 and PGD on the margin attack every image at the radius of the claims; all
+    others only what is left, which changes no image's worst case.
+    """
+    x, y = data.test
+    left = common.correct_under(model, x, y)
+    correct, worst = {'natural': left}, []
+    for radius in radii(args):
+        black = torch.stack([common.correct_under(model, lesson['transfer'][k, radius], y)
+                             for k in ('AT', 'STD')]).all(0)
+        for name, attack in evaluation_attacks(args, radius, seed, device).items():
+            every = name in EVERY and not worst
+            rows = torch.arange(len(y), device=device) if every else left.nonzero()[:, 0]
+            held = torch.ones_like(left)
+            if len(rows):
+                held[rows] = common.correct_under(model, x[rows], y[rows], attack)
+            if name == 'square':
+                black = black & held
+            else:
+                left = left & held
+                correct |= {} if worst else {name: held if every else left}
+        if not worst:
+            n = min(100, len(y))
+            masking = common.masking_check(
+                model, common.to_float(x[:n]), y[:n], dict(correct, square=black), eps=radius,
+                norm=args.norm, generator=common.make_generator('masking', seed, device=device))
+        left = left & black
+        worst.append(left)  # what fits into the smaller ball fits into the larger one
+    m = min(50, len(y))
+    return dict(
+        natural=common.pack(correct['natural'].to(torch.uint8)),
+        worst=[common.pack(v.to(torch.uint8)) for v in worst],
+        rates={k: v.float().mean().item() for k, v in correct.items()}, masking=masking,
+        eps_curve=common.eps_curve(
+            model, x[:m], y[:m], eps=args.eps, norm=args.norm,
+            generator=common.make_generator('curve', seed, device=device)))
+
+
+def evaluate_student(args, data, more, lesson, trained, student, seed, device):
+    """`evaluate`, and how well the student learned its target, on images it has not seen."""
+    name, temperature, _, _ = parse_student(student)
+    own = copy.copy(args)
+    own.arch = args.student_arch or args.arch
+    model = common.restore(trained, 'last', own, data, device)
+    z = logits_of(model, more[0]) / temperature
+    out = evaluate(args, data, model, lesson, seed, device)
+    measures = {k: v.mean().item() for k, v in logit_measures(z * temperature).items()}
+    out |= dict(measures=measures, confidence=z.softmax(1).amax(1).mean().item(),
+                collapsed=trained['collapsed'], seconds=trained['seconds'],
+                loss=trained['history'][-1]['loss'])
+    if name in ('LSQ', 'M18', 'M19'):  # no logits to match
+        return out
+    t, s = (lesson[k] / temperature for k in ('t', 's'))
+    whole = describe(t, s)
+    t_more, s_more = (lesson[k] / temperature for k in ('t_more', 's_more'))
+    goal = expected_target(name, t_more, s_more, whole, seed)
+    table = draw_table(whole, whole['m'], whole['odds'],
+                       common.make_generator('targets', seed, device=device))
+    used = targets(name, t, s, whole, table, common.make_generator('flips', device=device))
+    return out | dict(
+        kl=common.kl_divergence(z, goal).mean().item(),
+        target_confidence=goal.softmax(1).amax(1).mean().item(),
+        learned={k: (v.mean().item(), logit_measures(goal)[k].mean().item())
+                 for k, v in logit_measures(z).items() if k in ('gap', 'odds')},
+        flips=(used.argmax(1) != whole['m']).float().mean().item())
+
+
+def measure_logits(args, data, more, networks, device):
+    """E1, E2, E4: what every network says about the same clean images."""
+    x, y = more
+    out = {}
+    for name, trained in networks.items():
+        model = common.restore(trained, 'best', args, data, device)
+        z, z_train = logits_of(model, x), logits_of(model, data.train[0])
+        values = z.sort(1, descending=True)[0]
+        out[name] = dict(
+            correct=common.pack((z.argmax(1) == y).to(torch.uint8)),
+            **{k: common.pack(v.half()) for k, v in logit_measures(z).items()},
+            profile=(values - values.mean(1, keepdim=True)).mean(0).tolist(),
+            train={k: v.mean().item() for k, v in logit_measures(z_train).items()},
+            train_accuracy=(z_train.argmax(1) == data.train[1]).float().mean().item())
+    return out
+
+
+def measure_theory(args, data, networks, seed, device):
+    """E3: linearised radii of test images, and the best scale of the logits of training
+    images, natural and attacked with the model's own PGD-10 at eps."""
+    out = {}
+    n = min(1000, len(data.train[1]))
+    for name in ('STD', 'AT'):
+        model = common.restore(networks[name], 'best', args, data, device)
+        x, y = data.test
+        parts = [linear_radius(model, common.to_float(a), b, args.norm)
+                 for a, b in zip(x.split(50), y.split(50))]
+        radius, gap, slope = (torch.cat(v) for v in zip(*parts))
+        x, y = data.train[0][:n], data.train[1][:n]
+        attacked = torch.cat([final_logits(model(common.pgd(
+            model, common.to_float(a), b, eps=args.eps, step_size=args.eps / 4, steps=10,
+            norm=args.norm, generator=common.make_generator('theory', seed, device=device))))
+            .detach() for a, b in zip(x.split(250), y.split(250))])
+        natural = logits_of(model, data.train[0])
+        scales = {}
+        for kind, z, labels in (('natural', natural, data.train[1]), ('attacked', attacked, y)):
+            grid = np.geomspace(1 / 16, 16, 41)
+            best = best_scale(z, labels)
+            scales[kind] = dict(best=best if math.isfinite(best) else None,
+                                bound=scale_bound(z, labels)
+                                if (common.margin(z, labels) > 0).any() else None,
+                                curve=[F.cross_entropy(g * z.double(), labels).item()
+                                       for g in grid], grid=grid.tolist())
+        out[name] = dict(radius=common.pack(radius.cpu()), gap=common.pack(gap.cpu()),
+                         slope=common.pack(slope.cpu()), scales=scales)
+    return out
+
+
+def measure_disagreement(args, logits, more):
+    """E5: the images on which the two networks' confidence differs most, both being right, by
+    the difference of log-odds and of ranks; and what the tails look like."""
+    odds = {k: unpack(logits[k]['odds']).astype(np.float64) for k in ('STD', 'AT')}
+    right = np.flatnonzero(unpack(logits['STD']['correct']) & unpack(logits['AT']['correct']))
+    difference = {'raw': odds['STD'] - odds['AT'],
+                  'rank': (rankdata(odds['STD']) - rankdata(odds['AT'])) / len(odds['AT'])}
+    out = {}
+    for kind, d in difference.items():
+        order = right[np.argsort(-d[right], kind='stable')]
+        for side, rows in (('STD surer', order), ('AT surer', order[::-1])):
+            rows = rows[:GALLERY].copy()
+            out[f'{kind}, {side}'] = dict(
+                image=common.pack(more[0][torch.as_tensor(rows, device=more[0].device)]),
+                label=more[1][torch.as_tensor(rows, device=more[1].device)].tolist(),
+                confidence=[(1 / (1 + np.exp(-odds[k][rows]))).round(4).tolist()
+                            for k in ('STD', 'AT')])
+            if kind == 'rank':
+                tail = order[:len(order) // 10] if side == 'STD surer' else \
+                    order[len(order) - len(order) // 10:]
+                tail = torch.as_tensor(tail.copy(), device=more[0].device)
+                out[side] = {k: common.pack(v.float().cpu()) for k, v in looks(
+                    common.to_float(more[0][tail])).items()}
+    return out
+
+
+def example(lesson, more, names, seed, device):
+    """One test image of middling confidence and every student's target for it."""
+    t, s = lesson['t_more'], lesson['s_more']
+    right = (t.argmax(1) == more[1]) & (s.argmax(1) == more[1])
+    p = torch.sigmoid(log_odds(t, t.argmax(1)))
+    i = torch.where(right, (p - 0.7).abs(), 9.0).argmin()[None]
+    whole = describe(lesson['t'], lesson['s'])
+    table = draw_table(whole, t.argmax(1), log_odds(t, t.argmax(1)),
+                       common.make_generator('example', seed, device=device))
+    return dict(image=common.pack(more[0][i[0]]), label=int(more[1][i]), targets={
+        name: targets(name, t[i], s[i], whole, {k: v[i] for k, v in table.items()},
+                      common.make_generator('example', name, device=device))[0].tolist()
+        for name in names if name not in ('LSQ', 'M18', 'M19')})
+
+
+def study(args):
+    """Train the networks, measure their logits, distil and attack; returns (folder, results)."""
+    if args.dataset.startswith('folder:'):
+        raise common.UserError('this study keeps a target for every training image and does not '
+                               'stream folder:PATH; use a data set that fits in memory')
+    device = common.pick_device(args.device)
+    folder, config = common.start_run('logit_distill', args)
+    data, more = (common.load_data(
+        args.dataset, args.data_root, trust=args.trust_data, train_size=args.train_size,
+        test_size=size, image_size=args.image_size, pad=args.pad, device=device)
+        for size in (args.test_size, args.logit_images))
+    more = more.test
+    if len(data.classes) < 4:
+        raise common.UserError('the manipulations need four classes or more')
+    results = common.load_results(folder, config, __file__, args.fresh)
+    results |= dict(classes=data.classes, test_labels=data.test[1].tolist(),
+                    radii=list(radii(args)))
+    rows, lengths = [], sorted({max(1, round(share * args.distil_epochs)) for share in LENGTHS}
+                               - {args.distil_epochs})
+    results['lengths'] = [*lengths, args.distil_epochs]
+    for seed in args.seeds:
+        def measure(part, function, seed=seed):
+            return common.measure(results, f'{part}-s{seed}', function, folder)
+
+        networks = train_networks(args, data, seed, device, rows)
+        common.write_metrics(folder / 'metrics.csv', rows)
+        results[f'collapsed-s{seed}'] = [k for k, v in networks.items() if v['collapsed']]
+        logits = measure('logits', lambda: measure_logits(args, data, more, networks, device))
+        measure('theory', lambda: measure_theory(args, data, networks, seed, device))
+        measure('disagreement', lambda: measure_disagreement(args, logits, more))
+        lesson = make_lesson(args, data, more, networks, seed, device)
+        measure('example', lambda: example(
+            lesson, more, [s for s in args.students if '/' not in s], seed, device))
+        for name in ('STD', 'AT'):
+            measure(f'network-{name}', lambda: evaluate(args, data, lesson[name], lesson, seed,
+                                                        device))
+        for epochs in [args.distil_epochs, *lengths]:
+            for student in args.students:
+                if epochs in lengths and student not in LENGTH_STUDENTS:
+                    continue
+                trained = distil(args, data, lesson, student, epochs, seed, device)
+                if epochs == args.distil_epochs:
+                    rows += trained['history']
+                    common.write_metrics(folder / 'metrics.csv', rows)
+                found = measure(f'student-{student}-e{epochs}', lambda: evaluate_student(
+                    args, data, more, lesson, trained, student, seed, device))
+                common.log.info('  %-34s natural %.3f  worst case %.3f, %.3f at eps',
+                                student_name(student), unpack(found['natural']).mean(),
+                                *(unpack(v).mean() for v in found['worst']))
+    return folder, json.loads(Path(folder, 'results.json').read_text())
+
+
+# ------------------------------------------------------------------------- reading results
+
+def seeds_of(results):
+    return results['config']['seeds']
+
+
+def per_seed(results, part):
+    """What was measured of `part` with each seed."""
+    return [results[f'{part}-s{seed}'] for seed in seeds_of(results)]
+
+
+def runs_of(results, name, epochs=None):
+    """The evaluations of 'STD net', 'AT net' or a student, one for each seed."""
+    if name.endswith(' net'):
+        return per_seed(results, f'network-{name[:-4]}')
+    return per_seed(results, f"student-{name}-e{epochs or results['lengths'][-1]}")
+
+
+def measured(results, name, measure):
+    """(S, N) of a network's logits: 'largest', 'centred', 'gap', 'odds' or 'correct'."""
+    return np.stack([unpack(v[name][measure]).astype(np.float64)
+                     for v in per_seed(results, 'logits')])
+
+
+def correct(results, name, which, epochs=None):
+    """(S, N) of zeros and ones; which: 'natural', or 0 or 1: worst case at that radius."""
+    runs = runs_of(results, name, epochs)
+    return np.stack([unpack(r['natural'] if which == 'natural' else r['worst'][which])
+                     for r in runs]).astype(float)
+
+
+def rate(results, name, which, epochs=None):
+    return correct(results, name, which, epochs).mean()
+
+
+def sampler(results, which, images=None):
+    """(accuracy, kept): functions of a student that return (1 + DRAWS,) arrays, the value
+    measured and its bootstrap draws.
+
+    accuracy(name, epochs) is the worst-case accuracy at radius `which`, kept R of it. Images
+    are drawn again, the same for all; a student's accuracy also varies by what another
+    initialisation and order of the images would change, a standard deviation of RETRAINED
+    sqrt(p (1 - p) / seeds). images: (N,) bool, those counted.
+    """
+    images = np.ones(len(results['test_labels']), bool) if images is None else images
+    n, seeds = images.sum(), len(seeds_of(results))
+    weights = np.vstack([np.ones(n), np.random.default_rng(0).multinomial(
+        n, np.full(n, 1 / n), DRAWS)]) / n
+
+    def accuracy(name, epochs=None):
+        p = weights @ correct(results, name, which, epochs)[:, images].mean(0)
+        if not name.endswith(' net'):
+            key = common.short_hash([name, epochs or 0])
+            noise = np.random.default_rng(int(key, 16)).standard_normal(DRAWS)
+            p[1:] += noise * RETRAINED * math.sqrt(p[0] * (1 - p[0]) / seeds)
+        return p
+
+    low, high = accuracy('STD net'), accuracy('AT net')
+
+    def kept(name, epochs=None):
+        return (accuracy(name, epochs) - low) / np.maximum(high - low, 1e-9)
+    return accuracy, kept
+
+
+def interval(values):
+    """(value, low, high) of a sampler's array."""
+    return (values[0], *np.percentile(values[1:], (2.5, 97.5)))
+
+
+def failed(results, name):
+    """Why a student or network fails V0, or ''."""
+    for run in runs_of(results, name):
+        flags = [f'{k} {v:.2f}' for k, (v, _, raised) in run['masking'].items() if raised]
+        curve = np.array(run['eps_curve'])
+        if np.diff(curve).max() > 0.04:
+            flags.append('accuracy rises with eps')
+        if name.endswith(' net'):
+            pass
+        elif run['collapsed']:
+            flags.append('collapsed')
+        elif 'learned' in run:
+            pairs = {'confidence': (run['confidence'], run['target_confidence']),
+                     'log-odds': run['learned']['odds']}
+            flags += [f'{k} {a:.2f}, target {b:.2f}' for k, (a, b) in pairs.items()
+                      if abs(a - b) > LEARNED * abs(b)]
+        if flags:
+            return '; '.join(flags)
+    return ''
+
+
+def radius_text(results, which):
+    return common.eps_text(dict(results['config'], eps=results['radii'][which]))
+
+
+# ------------------------------------------------------------------------------- the figures
+
+NETWORK_COLOURS = {'STD': '#0072B2', 'AT': '#D55E00'}
+GROUPS = (('whole', ('M0', 'LSQ', 'M19', 'M18', 'STD'), '#000000'),
+          ('class information', ('M1', 'M2', 'M3', 'M4', 'M5', 'K2', 'K3', 'K5', 'M6', 'M8', 'M9',
+                                 'M10', 'AS'), '#009E73'),
+          ('confidence', ('M11', 'M12', 'M13', 'M14', 'SA'), '#CC79A7'),
+          ('summary or small logits only', ('M7', 'M15', 'M16', 'M17'), '#E69F00'))
+
+
+def colour_of(student):
+    name = student.partition('/')[0]
+    return next(c for _, names, c in GROUPS if name in names)
+
+
+def draw(results, folder):
+    """All figures, from results.json alone."""
+    figure_logits(results, folder)
+    figure_theory(results, folder)
+    figure_disagreement(results, folder)
+    figure_gallery(results, folder)
+    figure_targets(results, folder)
+    figure_students(results, folder)
+    figure_lengths(results, folder)
+    figure_classes(results, folder)
+    figure_eps(results, folder)
+    figure_learned(results, folder)
+
+
+def teachers(results):
+    """Names of the networks by eps: STD, the rungs, AT."""
+    names = [n for n in per_seed(results, 'logits')[0] if not n.endswith("'")]
+    return ['STD', *[n for n in names if n not in ('STD', 'AT')], 'AT']
+
+
+def shades(names):
+    """One colour per teacher, from blue (STD) to orange (AT)."""
+    few = ('#0072B2', '#56B4E9', '#E69F00', '#D55E00')
+    return dict(zip(names, few))
+
+
+def figure_logits(results, folder):
+    names = teachers(results)
+    fig, axes = common.new_figure(1, 4, 10.5, 3.0)
+    for axis, (key, text) in zip(axes[0], (
+            ('centred', 'largest logit minus the mean'), ('gap', 'gap to the runner-up'),
+            ('odds', 'log-odds of the prediction'))):
+        every = np.concatenate([measured(results, n, key).ravel() for n in names])
+        edges = np.linspace(*np.percentile(every, (0.2, 99.8)), 45)
+        for name, colour in shades(names).items():
+            values = measured(results, name, key).ravel()
+            axis.hist(values, edges, density=True, histtype='step', color=colour, lw=1.4,
+                      label=name)
+            axis.axvline(values.mean(), color=colour, ls=':', lw=1.2)
+        axis.set(xlabel=text, yticks=[])
+    axes[0, 0].set_ylabel('share of test images')
+    for name, colour in shades(names).items():
+        profile = np.mean([v[name]['profile'] for v in per_seed(results, 'logits')], 0)
+        shown = np.arange(1, len(profile) + 1)
+        axes[0, 3].plot(shown, profile, color=colour, marker='o' if len(shown) < 30 else None,
+                        ms=3)
+    axes[0, 3].set(xlabel='rank of the class', title='', ylabel='mean logit (centred)')
+    axes[0, 3].axhline(0, color='0.6', lw=0.8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center',
+               ncols=len(names))
+    fig.suptitle('Adversarial training shrinks the logits: clean test images (dotted: means)')
+    common.save_figure(fig, folder, 'fig1_logits')
+
+
+def figure_theory(results, folder):
+    fig, axes = common.new_figure(1, 3, 10.0, 3.4)
+    names, eps = teachers(results), results['config']['eps']
+    small = results['config']['norm'] == 'linf' and eps < 0.1
+    shares = [0, *RUNGS, 1]
+    at = np.array(shares) * eps * (255 if small else 1)
+    for key, text, colour in (('centred', 'largest minus mean', '#000000'),
+                              ('gap', 'gap to the runner-up', '#009E73')):
+        values = np.array([measured(results, n, key).mean(1) for n in names])
+        axes[0, 0].plot(at, values.mean(1), color=colour, marker='o', ms=4, label=text)
+        if values.shape[1] > 1:
+            axes[0, 0].plot(at, values, '.', color=colour, ms=3)
+    axes[0, 0].set(xlabel=f"eps of the training{' (1/255)' if small else ''}",
+                   ylabel='mean over test images', ylim=(0, None),
+                   title='Stronger adversary, smaller logits')
+    axes[0, 0].legend()
+    limits = []
+    for name, colour in NETWORK_COLOURS.items():
+        parts = [v[name] for v in per_seed(results, 'theory')]
+        slope, gap = (np.concatenate([unpack(p[k]) for p in parts]) for k in ('slope', 'gap'))
+        keep = gap > 0
+        axes[0, 1].plot(slope[keep], gap[keep], '.', ms=3, alpha=0.5, color=colour, label=name)
+        limits.append((slope[keep].min(), slope[keep].max()))
+    line = np.array([min(v[0] for v in limits), max(v[1] for v in limits)])
+    for which, style in ((1, '-'), (0, '--')):
+        axes[0, 1].plot(line, line * results['radii'][which], style, color='0.3', lw=1,
+                        label='radius ' + radius_text(results, which).replace('eps ', ''))
+    bottom = np.percentile(np.concatenate([unpack(v[n]['gap']) for n in NETWORK_COLOURS
+                                           for v in per_seed(results, 'theory')]), 3)
+    axes[0, 1].set(xscale='log', yscale='log', xlabel='gradient gap (1-norm)'
+                   if results['config']['norm'] == 'linf' else 'gradient gap (2-norm)',
+                   ylabel='logit gap to the nearest class', ylim=(max(bottom, 0.02), None),
+                   title='Linearised radius = ratio;\nabove the line: safe to first order')
+    axes[0, 1].legend(loc='lower right')
+    styles = {('STD', 'natural'): ('#0072B2', '-'), ('STD', 'attacked'): ('#0072B2', '--'),
+              ('AT', 'natural'): ('#D55E00', '-'), ('AT', 'attacked'): ('#D55E00', '--')}
+    for (name, kind), (colour, style) in styles.items():
+        found = [v[name]['scales'][kind] for v in per_seed(results, 'theory')]
+        curve = np.mean([f['curve'] for f in found], 0)
+        grid = np.array(found[0]['grid'])
+        axes[0, 2].plot(grid, curve, style, color=colour, label=f'{name}, {kind}')
+        if all(f['best'] for f in found):
+            best = np.exp(np.mean(np.log([f['best'] for f in found])))
+            axes[0, 2].plot(best, np.interp(best, grid, curve), 'o', color=colour, ms=5)
+    axes[0, 2].axvline(1, color='0.6', lw=1, ls=':')
+    axes[0, 2].set(xscale='log', yscale='log', xlabel='scale s of the logits',
+                   ylabel='cross-entropy of s z', title='Attacks cap the scale\n(training '
+                   'images; dot: best s)')
+    axes[0, 2].legend()
+    common.save_figure(fig, folder, 'fig2_theory')
+
+
+def ranks(values):
+    return rankdata(values, axis=-1)
+
+
+def rank_correlation(a, b):
+    """Spearman's rho, the mean over rows."""
+    return float(np.mean([np.corrcoef(u, v)[0, 1] for u, v in zip(ranks(a), ranks(b))]))
+
+
+def figure_disagreement(results, folder):
+    fig, axes = common.new_figure(1, 3, 9.5, 3.6)
+    for axis, (a, b) in zip(axes[0], (('STD', 'AT'), ('STD', "STD'"), ('AT', "AT'"))):
+        u, v = (measured(results, n, 'odds') for n in (a, b))
+        x, y = (100 * ranks(w)[0] / w.shape[1] for w in (u, v))
+        axis.plot(x, y, '.', ms=2, alpha=0.5, color='#0072B2', rasterized=True)
+        axis.set(xlabel=f'confidence rank in {a} (%)', ylabel=f'in {b} (%)', aspect=1,
+                 title=f'{a} and {b}: Spearman {rank_correlation(u, v):.2f}')
+    fig.suptitle("Which test images is a network sure of? STD', AT': trained alike, another "
+                 'seed')
+    common.save_figure(fig, folder, 'fig3_disagreement')
+
+
+def figure_gallery(results, folder):
+    found = per_seed(results, 'disagreement')[0]
+    rows = [k for k in found if ',' in k]
+    fig, axes = common.new_figure(len(rows), GALLERY, 1.05 * GALLERY + 0.9, 1.62 * len(rows))
+    texts = {'raw, STD surer': 'STD surer\n(difference\nof log-odds)',
+             'raw, AT surer': 'AT surer\n(difference\nof log-odds)',
+             'rank, STD surer': 'STD surer\n(by rank)', 'rank, AT surer': 'AT surer\n(by rank)'}
+    for line, key in zip(axes, rows):
+        image = unpack(found[key]['image']) / 255
+        for i, axis in enumerate(line):
+            if i >= len(image):
+                axis.axis('off')
+                continue
+            s, t = (found[key]['confidence'][j][i] for j in (0, 1))
+            name = results['classes'][found[key]['label'][i]]
+            common.show_image(axis, image[i], f'{name[:12]}\n{100 * s:.0f} / {100 * t:.0f}')
+            axis.title.set_fontsize(7)
+        line[0].set_ylabel(texts[key], rotation=0, ha='right', va='center')
+    fig.suptitle('Images that both networks get right and disagree on most: confidence of STD / '
+                 'AT (%)')
+    common.save_figure(fig, folder, 'fig4_gallery')
+
+
+def figure_targets(results, folder):
+    found = per_seed(results, 'example')[0]
+    names = list(found['targets'])
+    columns = 5
+    lines = math.ceil((len(names) + 1) / columns)
+    fig, axes = common.new_figure(lines, columns, 10.5, 1.55 * lines + 0.6)
+    flat = axes.ravel()
+    classes = results['classes']
+    common.show_image(flat[0], unpack(found['image']) / 255, classes[found['label']])
+    reference = np.array(found['targets'].get('M0', next(iter(found['targets'].values()))))
+    reference = reference - reference.mean()
+    shown = np.argsort(-reference)[:10]
+    for axis, name in zip(flat[1:], names):
+        value = np.array(found['targets'][name])
+        value = value - value.mean()
+        axis.bar(range(len(shown)), value[shown], color=colour_of(name), width=0.75)
+        axis.step(np.arange(-0.5, len(shown)), np.append(reference[shown], reference[shown][-1]),
+                  where='post', color='0.45', lw=0.9)
+        axis.set_title(student_name(name), fontsize=7.5)
+        axis.set(xticks=range(len(shown)), xticklabels=[])
+        axis.tick_params(labelsize=6)
+        axis.axhline(0, color='0.6', lw=0.6)
+    for axis in flat[len(names) + 1:]:
+        axis.axis('off')
+    for axis in flat[max(1, len(names) + 1 - columns):len(names) + 1]:
+        axis.set_xticklabels([classes[k][:9] for k in shown], rotation=90, fontsize=6)
+    fig.suptitle('What each student has to match for this image: centred logits '
+                 "(grey outline: the AT teacher's own)")
+    common.save_figure(fig, folder, 'fig5_targets')
+
+
+def figure_students(results, folder):
+    students = results['config']['students']
+    order = sorted(students, key=lambda s: rate(results, s, 0))
+    fig, axes = common.new_figure(1, 1, 8.0, 0.27 * len(order) + 1.7)
+    axis = axes[0, 0]
+    accuracies = [sampler(results, which)[0] for which in (0, 1)]
+    for i, student in enumerate(order):
+        colour, bad = colour_of(student), failed(results, student)
+        value, low, high = (100 * v for v in interval(accuracies[0](student)))
+        axis.plot([low, high], [i, i], color=colour, lw=2.2, alpha=0.45)
+        axis.plot(value, i, 'X' if bad else 'o', color=colour, ms=7 if bad else 6)
+        axis.plot(100 * rate(results, student, 1), i, 'D', color=colour, mfc='none', ms=4)
+        axis.plot(100 * rate(results, student, 'natural'), i, '|', color=colour, ms=9)
+    for name, colour in NETWORK_COLOURS.items():
+        text = 'standard network' if name == 'STD' else 'AT teacher'
+        axis.axvline(100 * rate(results, name + ' net', 0), color=colour, lw=1.3, label=text)
+        axis.axvline(100 * rate(results, name + ' net', 1), color=colour, lw=1, ls=':')
+    axis.plot([], [], 'o', color='0.3', label=f'worst case, {radius_text(results, 0)} (95 %)')
+    axis.plot([], [], 'D', mfc='none', color='0.3', ms=4,
+              label=f'worst case, {radius_text(results, 1)} (teachers: dotted)')
+    axis.plot([], [], '|', color='0.3', ms=9, label='natural')
+    axis.plot([], [], 'X', color='0.3', ms=7, label='fails V0')
+    for text, _, colour in GROUPS:
+        axis.plot([], [], 's', color=colour, ms=6, label='changed: ' + text if text != 'whole'
+                  else 'unchanged or hard labels')
+    axis.set(yticks=range(len(order)), yticklabels=[student_name(s) for s in order],
+             xlabel='test accuracy (%)', xlim=(-2, 102), ylim=(-0.7, len(order) - 0.3),
+             title=f"Students of clean images, {results['lengths'][-1]} epochs: what they keep "
+             'of the robustness')
+    fig.legend(loc='outside lower center', ncols=3, fontsize=7.5)
+    common.save_figure(fig, folder, 'fig6_students')
+
+
+def figure_lengths(results, folder):
+    shown = [s for s in LENGTH_STUDENTS if s in results['config']['students']]
+    fig, axes = common.new_figure(1, 2, 8.0, 3.3)
+    colours = dict(zip(LENGTH_STUDENTS, ('#000000', '#009E73', '#56B4E9', '#CC79A7')))
+    for which, axis in enumerate(axes[0]):
+        accuracy, _ = sampler(results, which)
+        for student in shown:
+            values = 100 * np.array([interval(accuracy(student, e)) for e in results['lengths']])
+            axis.plot(results['lengths'], values[:, 0], marker='o', ms=4,
+                      color=colours[student], label=student_name(student))
+            axis.fill_between(results['lengths'], values[:, 1], values[:, 2], alpha=0.15,
+                              color=colours[student], lw=0)
+        for name, colour in NETWORK_COLOURS.items():
+            axis.axhline(100 * rate(results, name + ' net', which), color=colour, lw=1, ls='--',
+                         label='standard network' if name == 'STD' else 'AT teacher')
+        axis.set(xscale='log', xticks=results['lengths'], xlabel='epochs of distillation',
+                 ylabel='worst-case accuracy (%)', ylim=(-3, 103),
+                 title=radius_text(results, which))
+        axis.set_xticklabels(results['lengths'])
+        axis.minorticks_off()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
+    fig.suptitle('A short distillation hides what matters (every point is a complete training)')
+    common.save_figure(fig, folder, 'fig7_lengths')
+
+
+def dose(results):
+    """[(wrong classes that keep their logit, student)], sorted, of the students at hand."""
+    students = results['config']['students']
+    found = [(keep, s) for s, keep in KEPT.items() if s in students]
+    if 'M0' in students:
+        found.append((len(results['classes']) - 1, 'M0'))
+    return sorted(found)
+
+
+def figure_classes(results, folder):
+    fig, axes = common.new_figure(1, 3, 10.0, 3.3)
+    for which, (colour, style) in enumerate((('#000000', '-'), ('#56B4E9', '--'))):
+        accuracy, _ = sampler(results, which)
+        found = dose(results)
+        if found:
+            values = 100 * np.array([interval(accuracy(s)) for _, s in found])
+            axes[0, 0].errorbar([k for k, _ in found], values[:, 0],
+                                [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]],
+                                color=colour, ls=style, marker='o', ms=4, capsize=2,
+                                label=radius_text(results, which))
+    axes[0, 0].axhline(100 * rate(results, 'STD net', 0), color='#0072B2', ls=':', lw=1.2,
+                       label=f'standard network, {radius_text(results, 0)}')
+    axes[0, 0].set(xlabel='wrong classes whose logit is kept', ylabel='worst-case accuracy (%)',
+                   title='Information about wrong classes', ylim=(0, None))
+    axes[0, 0].legend(fontsize=7)
+    students = results['config']['students']
+    for which, axis in enumerate(axes[0, 1:]):
+        grid = np.full((2, 2), np.nan)
+        cells = {'M0': (0, 0), 'AS': (0, 1), 'SA': (1, 0), 'STD': (1, 1)}
+        for student, cell in cells.items():
+            if student in students:
+                grid[cell] = 100 * rate(results, student, which)
+        axis.imshow(grid, vmin=0, vmax=max(np.nanmax(grid), 1) if np.isfinite(grid).any() else 1,
+                    cmap='Blues', aspect='auto')
+        for student, (i, j) in cells.items():
+            if student in students:
+                dark = grid[i, j] > 0.6 * np.nanmax(grid)
+                axis.text(j, i, f'{grid[i, j]:.1f} %\n({student})', ha='center', va='center',
+                          color='w' if dark else 'k')
+        axis.set(xticks=(0, 1), yticks=(0, 1), xticklabels=('AT', 'STD'),
+                 yticklabels=('AT', 'STD'), xlabel='logits of the other classes from',
+                 ylabel='confidence from', title='Worst case, ' + radius_text(results, which))
+        axis.grid(False)
+    common.save_figure(fig, folder, 'fig8_classes')
+
+
+def figure_eps(results, folder):
+    students = [s for s in ('M0', 'M2', 'M4', 'M11', 'M16') if s in results['config']['students']]
+    curves = {'standard network': ('#0072B2', runs_of(results, 'STD net')),
+              'AT teacher': ('#D55E00', runs_of(results, 'AT net'))}
+    for student, colour in zip(students, ('#000000', '#009E73', '#56B4E9', '#CC79A7', '#E69F00')):
+        curves[student_name(student)] = (colour, runs_of(results, student))
+    curves = {k: (c, np.mean([r['eps_curve'] for r in v], 0)) for k, (c, v) in curves.items()}
+    common.draw_eps_curves(curves, results['config'], len(results['classes']), 'margin loss',
+                           folder, 'fig9_eps')
+
+
+def figure_learned(results, folder):
+    fig, axes = common.new_figure(1, 2, 8.5, 4.0)
+    for axis, key, text in ((axes[0, 0], 'confidence', 'mean confidence (%)'),
+                            (axes[0, 1], 'odds', 'mean log-odds of the prediction')):
+        ends = []
+        for student in results['config']['students']:
+            runs = runs_of(results, student)
+            if 'learned' not in runs[0]:
+                continue
+            pairs = [(100 * r['target_confidence'], 100 * r['confidence'])
+                     if key == 'confidence' else r['learned']['odds'][::-1] for r in runs]
+            a, b = np.mean(pairs, 0)
+            axis.plot(a, b, 'X' if failed(results, student) else 'o', color=colour_of(student),
+                      ms=5)
+            axis.annotate(student, (a, b), fontsize=6, xytext=(3, 2),
+                          textcoords='offset points')
+            ends += [a, b]
+        if ends:
+            line = np.array([min(ends) * 0.95, max(ends) * 1.05])
+            axis.plot(line, line, color='0.5', lw=1, label='learned exactly')
+            axis.fill_between(line, line * (1 - LEARNED), line * (1 + LEARNED), color='0.5',
+                              alpha=0.12, lw=0, label='within 10 %')
+        axis.set(xlabel=text + ': target', ylabel='student')
+    axes[0, 0].legend()
+    fig.suptitle('Did the students learn their targets? Clean test images (cross: fails V0)')
+    common.save_figure(fig, folder, 'fig10_learned')
+
+
+# -------------------------------------------------------------------------------- the claims
+
+PAPER = 'Seguin et al. 2021, abstract'
+
+
+def judge(results, folder):
+    """The claims table, from results.json alone."""
+    claims = []
+    logit_claims(results, claims)
+    theory_claims(results, claims)
+    disagreement_claims(results, claims)
+    student_claims(results, claims)
+    common.write_claims(claims, folder)
+    return claims
+
+
+def collapsed(results, *names):
+    return any(n in v for n in names for v in per_seed(results, 'collapsed'))
+
+
+def logit_claims(results, claims):
+    """V1-V3."""
+    config = results['config']
+    bad = 'uninformative: collapsed model' if collapsed(results, 'STD', 'AT') else None
+    right = measured(results, 'STD', 'correct') * measured(results, 'AT', 'correct') > 0
+
+    def lower(text, key, both=False):
+        s, t = (measured(results, n, key) for n in ('STD', 'AT'))
+        keep = right if both else np.ones_like(right)
+
+        def difference(a, b, k):
+            return (a * k).sum() / max(k.sum(), 1) - (b * k).sum() / max(k.sum(), 1)
+
+        value, low, high = bootstrap(difference, s, t, keep)
+        claims.append(claim(
+            text, PAPER, f'{value:+.2f} [{low:+.2f}, {high:+.2f}], of {s[keep > 0].mean():.2f} '
+            'in STD', bad or effect_verdict(low, high)))
+
+    lower('V1 AT lowers the largest logit: STD minus AT', 'largest')
+    lower('V1 The same, minus the mean logit', 'centred')
+    lower('V1 The same, on images that both get right', 'centred', both=True)
+    lower('V2 AT lowers the gap to the runner-up: STD minus AT', 'gap')
+    lower('V2 The same, on images that both get right', 'gap', both=True)
+    profiles = {n: np.mean([v[n]['profile'] for v in per_seed(results, 'logits')], 0)
+                for n in ('STD', 'AT')}
+    gaps = {n: p[0] - p[1:] for n, p in profiles.items()}
+    least = (gaps['STD'] - gaps['AT']).min()
+    claims.append(claim(
+        f'V2 Every gap g_2 ... g_{len(profiles["STD"])} is lower in AT on average', PAPER,
+        'STD minus AT from {:+.2f} to {:+.2f}'.format(least, (gaps['STD'] - gaps['AT']).max()),
+        bad or ('supported' if least > 0 else 'contradicted')))
+    names = teachers(results)
+    shares = np.array([0, *RUNGS, 1])
+    rho = [[rank_correlation(shares[None], np.array([measured(results, n, key)[i].mean()
+                                                     for n in names])[None])
+            for i in range(len(config['seeds']))] for key in ('centred', 'gap')]
+    worst = max(max(r) for r in rho)
+    claims.append(claim(
+        'V3 Stronger adversary, smaller logits: Spearman of eps with the mean largest logit '
+        '(centred) and with the gap is -0.9 or less in every seed', 'after Shafahi et al. 2019',
+        'largest of them {:+.2f}; centred {}, gap {}'.format(worst, *(
+            ', '.join(f'{measured(results, n, key).mean():.2f}' for n in names)
+            for key in ('centred', 'gap'))),
+        'uninformative: collapsed model' if collapsed(results, *names) else
+        'supported' if worst <= -0.9 else 'contradicted'))
+
+
+def theory_claims(results, claims):
+    """V4, V5."""
+    found = per_seed(results, 'theory')
+
+    def best(name, kind):
+        return [v[name]['scales'][kind]['best'] or math.inf for v in found]
+
+    def bound(name, kind):
+        return min(v[name]['scales'][kind]['bound'] or math.inf for v in found)
+
+    def text(values):
+        return ', '.join(f'{v:.2f}' if math.isfinite(v) else 'unbounded' for v in values)
+
+    own, natural, attacked = best('AT', 'attacked'), best('STD', 'natural'), \
+        best('STD', 'attacked')
+    low, high = SCALE_NEAR_ONE
+    bad = 'uninformative: collapsed model' if collapsed(results, 'STD', 'AT') else None
+    for title, values, holds, detail in (
+            (f'V4 AT has the scale that its own attacked training images ask for ({low} to '
+             f'{high})', own, all(low <= v <= high for v in own),
+             f'bound by violations {bound("AT", "attacked"):.1f}'),
+            ('V4 STD has not: its natural training images ask for more (above 1)', natural,
+             all(v > 1 for v in natural), ''),
+            ('V4 and its attacked ones for much less (below 0.5)', attacked,
+             all(v < 0.5 for v in attacked), f'bound {bound("STD", "attacked"):.2f}')):
+        claims.append(claim(title, 'ours; after the abstract', f's* = {text(values)}'
+                            + (f'; {detail}' if detail else ''),
+                            bad or ('supported' if holds else 'contradicted')))
+    parts = {n: [np.stack([unpack(v[n][k]).astype(float) for v in found])
+                 for k in ('gap', 'slope', 'radius')] for n in ('STD', 'AT')}
+
+    def shrinks(gap_s, slope_s, gap_t, slope_t):
+        return (np.log(np.median(gap_t) / np.median(gap_s))
+                - np.log(np.median(slope_t) / np.median(slope_s)))
+
+    arrays = [parts['STD'][0], parts['STD'][1], parts['AT'][0], parts['AT'][1]]
+    value, least, most = bootstrap(shrinks, *arrays)
+    claims.append(claim(
+        'V5 AT shrinks the gradient gap more than the logit gap: log of the ratio of ratios',
+        'Shafahi et al. 2019', f'{value:+.2f} [{least:+.2f}, {most:+.2f}]; medians AT / STD: '
+        f'gradients {np.median(arrays[3]) / np.median(arrays[1]):.2f}, '
+        f'gaps {np.median(arrays[2]) / np.median(arrays[0]):.2f}',
+        bad or effect_verdict(least, most)))
+    values = []
+    for which, radius in enumerate(results['radii']):
+        robust = correct(results, 'AT net', which)
+        value, least, most = bootstrap(
+            lambda a, b: (a > radius).mean() - b.mean(), parts['AT'][2], robust)
+        values.append((value, least, most, (parts['AT'][2] > radius).mean(), robust.mean()))
+    v = values[1]
+    within = 'supported' if max(abs(v[1]), abs(v[2])) < RADIUS_POINTS else \
+        'contradicted' if v[1] > RADIUS_POINTS or v[2] < -RADIUS_POINTS else 'inconclusive'
+    claims.append(claim(
+        'V5 The linearised radius predicts the worst-case accuracy of AT at eps within 10 points',
+        'Shafahi et al. 2019', '; '.join(
+            f'{radius_text(results, w)}: {100 * r[3]:.1f} % predicted, {100 * r[4]:.1f} % '
+            f'measured, {100 * r[0]:+.1f} points [{100 * r[1]:+.1f}, {100 * r[2]:+.1f}]'
+            for w, r in ((1, values[1]), (0, values[0]))), bad or within,
+        reference='CIFAR-10, 8/255: 55.0 % predicted, 56.2 % under FGSM'
+        if results['config']['dataset'] == 'cifar10' else '-'))
+
+
+def disagreement_claims(results, claims):
+    """V6-V8."""
+    s, t, s2, t2 = (measured(results, n, 'odds') for n in ('STD', 'AT', "STD'", "AT'"))
+    bad = 'uninformative: collapsed model' \
+        if collapsed(results, 'STD', 'AT', "STD'", "AT'") else None
+
+    def correlation(a, b, c, d):
+        return min(rank_correlation(a, c), rank_correlation(b, d)) - rank_correlation(a, b)
+
+    value, low, high = bootstrap(correlation, s, t, s2, t2, draws=500)
+    rhos = (rank_correlation(s, t), rank_correlation(s, s2), rank_correlation(t, t2))
+    claims.append(claim(
+        f'V6 STD and AT are sure of different images: Spearman of the confidence is lower by '
+        f'{DISAGREE} or more than between two networks trained alike', PAPER,
+        '{:+.3f} [{:+.3f}, {:+.3f}]; STD and AT {:.2f}, two STD {:.2f}, two AT {:.2f}'.format(
+            value, low, high, *rhos), bad or effect_verdict(low, high, DISAGREE)))
+
+    def overlap(a, b):
+        n = max(1, a.shape[1] // 10)
+        shares = []
+        for u, v in zip(a, b):
+            lowest = [set(np.argsort(w, kind='stable')[:n].tolist()) for w in (u, v)]
+            shares.append(len(lowest[0] & lowest[1]) / len(lowest[0] | lowest[1]))
+        return np.mean(shares)
+
+    value, low, high = bootstrap(
+        lambda a, b, c, d: min(overlap(a, c), overlap(b, d)) - overlap(a, b), s, t, s2, t2,
+        draws=500)
+    claims.append(claim(
+        'V7 The least sure tenths differ: overlap (Jaccard) of STD and AT is lower than within '
+        'each kind', PAPER, '{:+.3f} [{:+.3f}, {:+.3f}]; STD and AT {:.2f}, two STD {:.2f}, two '
+        'AT {:.2f}; chance 0.05'.format(value, low, high, overlap(s, t), overlap(s, s2),
+                                        overlap(t, t2)), bad or effect_verdict(low, high)))
+    found = per_seed(results, 'disagreement')
+    parts, p_values = [], []
+    for key in found[0]['STD surer']:
+        each = [[unpack(v[side][key]) for side in ('STD surer', 'AT surer')] for v in found]
+        if min(len(a) for pair in each for a in pair) < 5:
+            break
+        # two seeds share test images: the least favourable of them counts
+        p = max(mannwhitneyu(*pair).pvalue for pair in each)
+        signs = {np.sign(np.median(a) - np.median(b)) for a, b in each}
+        p_values.append(p if len(signs) == 1 else 1.0)
+        parts.append((key, np.mean([np.median(a) for a, _ in each]),
+                      np.mean([np.median(b) for _, b in each])))
+    adjusted = holm(p_values)
+    claims.append(claim(
+        'V8 The images look different: STD surer against AT surer, the tenths of largest '
+        'difference in rank, at least one measure differs (Mann-Whitney, Holm)', PAPER,
+        '; '.join(f'{k} {a:.3f} against {b:.3f}, p {p:.1g}'
+                  for (k, a, b), p in zip(parts, adjusted)) or 'fewer than five images',
+        bad or ('uninformative: fewer than five images' if not parts else 'supported'
+                if min(adjusted) < 0.05 else 'inconclusive')))
+
+
+def holm(p_values):
+    """Holm's step-down adjustment (1979)."""
+    order = np.argsort(p_values)
+    out, largest = [0.0] * len(p_values), 0.0
+    for i, k in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - i) * p_values[k]))
+        out[k] = largest
+    return out
+
+
+def student_claims(results, claims):
+    """V0 and V9-V16."""
+    students = results['config']['students']
+    samplers = [sampler(results, which) for which in (0, 1)]
+    gate = ''
+    _, kept = samplers[0]
+    at_net, std_net = samplers[0][0]('AT net'), samplers[0][0]('STD net')
+    if collapsed(results, 'STD', 'AT') or interval(at_net - std_net)[1] <= 0.05:
+        gate = 'the teacher is not more robust than the standard network'
+    broken = {name: failed(results, name) for name in ['STD net', 'AT net', *students]}
+    broken = {k: v for k, v in broken.items() if v}
+    claims.append(claim(
+        'V0 Every student learned its target (mean confidence and log-odds within '
+        f'{100 * LEARNED:.0f} %) and no check of the evaluation is raised', 'control',
+        '; '.join(f'{k}: {v}' for k, v in broken.items()) or
+        f'{len(students)} students, {len(runs_of(results, "AT net")[0]["masking"])} checks each',
+        'contradicted' if broken else 'supported'))
+
+    def common_images(names):
+        keep = [correct(results, n, 'natural').all(0) for n in (*names, 'STD net', 'AT net')]
+        return np.all(keep, 0)
+
+    def add(text, source, names, formula, threshold=0.0, detail=None, base=True, unit=''):
+        """One row: formula(kept) is an array of draws; supported above the threshold."""
+        if not set(names) <= set(students):
+            return
+        shown = [interval(formula(k)) for _, k in samplers]
+        if gate or any(n in broken for n in names):
+            why = gate or 'invalid, {} fails V0'.format(', '.join(n for n in names if n in broken))
+            verdict = 'uninformative: ' + why
+        elif base and interval(kept('M0'))[1] < BASE:
+            verdict = f'uninformative: M0 itself keeps less than {BASE} (lower end)'
+        else:
+            verdict = effect_verdict(*shown[0][1:], threshold)
+            gap = max(abs(rate(results, n, 'natural') - rate(results, names[0], 'natural'))
+                      for n in names)
+            if gap > NATURAL_GAP and common_images(names).sum() > 20:
+                _, same = sampler(results, 0, common_images(names))
+                again = interval(formula(same))
+                detail = (detail + '; ' if detail else '') + \
+                    'on images all get right {:+.2f} [{:+.2f}, {:+.2f}]'.format(*again)
+                if effect_verdict(*again[1:], threshold) != verdict:
+                    verdict = 'inconclusive'
+        measured_text = '{:+.2f} [{:+.2f}, {:+.2f}]'.format(*shown[0])
+        if abs(shown[1][0]) < 100:
+            measured_text += '; at {}: {:+.2f} [{:+.2f}, {:+.2f}]'.format(
+                radius_text(results, 1), *shown[1])
+        claims.append(claim(text, source, measured_text + (f'; {detail}' if detail else ''),
+                            verdict))
+
+    def lost(name, epochs=None):
+        def share(k):
+            base = k('M0', epochs)
+            return 1 - k(name, epochs) / np.where(np.abs(base) < 0.02, 0.02, base)
+        return share
+
+    def trend(name):
+        if name not in LENGTH_STUDENTS or len(results['lengths']) < 2:
+            return None
+        return 'at {} epochs {}'.format(
+            ', '.join(map(str, results['lengths'])),
+            ', '.join(f'{interval(lost(name, e)(kept))[0]:+.2f}' for e in results['lengths']))
+
+    where = radius_text(results, 0)
+    add(f'V9 Distillation on clean images transfers robustness: R(M0) at {where}, above '
+        f'{TRANSFER}', 'after Goldblum et al. 2020', ['M0'], lambda k: k('M0'), TRANSFER,
+        base=False)
+    if 'M0' in students and len(results['lengths']) > 1:
+        e = results['lengths']
+        add(f'Control: the distillation has converged, R(M0) gains less than 0.1 from {e[-2]} to '
+            f'{e[-1]} epochs', 'control', ['M0'], lambda k: 0.1 - (k('M0') - k('M0', e[-2])),
+            base=False, detail='R(M0) at {} epochs: {}'.format(
+                ', '.join(map(str, e)),
+                ', '.join(f'{interval(kept("M0", n))[0]:.2f}' for n in e)))
+    if {'M0', 'M0/again'} <= set(students):
+        again = [abs(interval(k('M0'))[0] - interval(k('M0/again'))[0]) for _, k in samplers]
+        claims.append(claim(
+            'Control: retraining M0 from other initial weights moves R by less than the smallest '
+            f'effect claimed, {MATTERS} R(M0)', 'control',
+            f'{again[0]:.2f}; at {radius_text(results, 1)}: {again[1]:.2f}',
+            'supported' if again[0] < MATTERS * interval(kept('M0'))[0] else 'contradicted'))
+    rest = f'share of R(M0) lost at {where}'
+    for name, text in (('M16', "label smoothing at AT's mean confidence"),
+                       ('M17', "STD's logits at AT's mean gap"),
+                       ('LSQ', "logit squeezing to AT's mean largest logit")):
+        add(f'V10 Small logits alone are not enough: {text} ({name}), {rest}, above '
+            f'{1 - SHRINK_ONLY}', 'ours; after Mosbach et al. 2018', ['M0', name], lost(name),
+            1 - SHRINK_ONLY)
+    for name, text in (('M11', 'made constant'), ('M12', 'shuffled within the class')):
+        add(f'V11 Sample-wise confidence matters: {text} ({name}), {rest}, above {MATTERS}',
+            PAPER, ['M0', name], lost(name), MATTERS, trend(name))
+    for name, text in (('M1', 'permuted at every presentation'), ('M2', 'permuted once per '
+                       'sample'), ('M4', 'made equal')):
+        add(f'V12 Information on incorrect classes matters: {text} ({name}), {rest}, above '
+            f'{MATTERS}', PAPER, ['M0', name], lost(name), MATTERS, trend(name))
+    add(f'V12 It is essential: M1 loses more than {ESSENTIAL}', PAPER, ['M0', 'M1'], lost('M1'),
+        ESSENTIAL)
+    add('V13 The order of incorrect classes matters: the smaller of R(M0) - R(M8) and '
+        'R(M8) - R(M6)', PAPER, ['M0', 'M8', 'M6'],
+        lambda k: np.minimum(k('M0') - k('M8'), k('M8') - k('M6')),
+        detail=None)
+    add('V13 The order matters more than the values: R(M9) - R(M8)', 'control',
+        ['M0', 'M8', 'M9'], lambda k: k('M9') - k('M8'))
+    for name, text in (('M7', 'class means'), ('M15', 'class Gaussians')):
+        add(f'V14 The distributions are complex, summaries do not do: {text} ({name}), {rest}, '
+            f'above {1 - COMPLEX}', PAPER, ['M0', name], lost(name), 1 - COMPLEX)
+    found = dose(results)
+    if len(found) >= 4:
+        counts = np.array([k for k, _ in found])
+
+        def spearman(k):
+            values = np.stack([k(s) for _, s in found], 1)
+            return np.array([rank_correlation(counts[None], row[None]) for row in values])
+
+        add(f'V15 Dose response: Spearman of R with the number of wrong classes kept, above '
+            f'{DOSE}', 'ours', [s for _, s in found], spearman, DOSE, ', '.join(
+                f'{n}: R {interval(kept(s))[0]:.2f}' for n, s in found))
+    for name, text in (('SA', "STD's confidence with AT's other logits"),
+                       ('AS', "AT's confidence with STD's other logits")):
+        add(f'Swap: {text} ({name}), {rest}, above {MATTERS}', 'ours', ['M0', name], lost(name),
+            MATTERS)
+    if 'M0' in students:
+        gaps = {s: rate(results, s, 'natural') - rate(results, 'M0', 'natural')
+                for s in students}
+        wide = {k: v for k, v in gaps.items() if abs(v) > NATURAL_GAP}
+        claims.append(claim(
+            'V16 Not a matter of natural accuracy: all students within 2 points of M0 (rows with '
+            'others need the same verdict on images all get right)', 'control',
+            ', '.join(f'{k} {100 * v:+.1f}' for k, v in wide.items()) or
+            'largest difference {:+.1f} points'.format(
+                100 * max(gaps.values(), key=abs)), 'contradicted' if wide else 'supported'))
+
+
+# --------------------------------------------------------------------------------------------
+
+def print_table(results):
+    """Teachers' logits; then natural and worst-case accuracy of every network and student."""
+    common.log.info('\nClean test images (training images)\n%-12s%21s%21s%21s%12s', '',
+                    'largest logit', 'minus the mean', 'gap', 'accuracy')
+    for name in per_seed(results, 'logits')[0]:
+        cells = ''
+        for key in ('largest', 'centred', 'gap'):
+            train = np.mean([v[name]['train'][key] for v in per_seed(results, 'logits')])
+            cells += f'{measured(results, name, key).mean():13.2f} ({train:5.2f})'
+        common.log.info('%-12s%s%11.1f%%', name, cells,
+                        100 * measured(results, name, 'correct').mean())
+    common.log.info('\n%-38s%9s%9s%9s%9s%9s%8s%8s', f"{results['lengths'][-1]} epochs", 'natural',
+                    'PGD-CE', 'margin', 'worst', 'at eps', 'KL', 'flips')
+    for name in ['AT net', *results['config']['students'], 'STD net']:
+        runs = runs_of(results, name)
+        cells = [100 * rate(results, name, 'natural'),
+                 *(100 * np.mean([r['rates'][k] for r in runs]) for k in ('pgd20', 'margin')),
+                 100 * rate(results, name, 0), 100 * rate(results, name, 1)]
+        extra = '%8.3f%7.1f%%' % (np.mean([r['kl'] for r in runs]),
+                                  100 * np.mean([r['flips'] for r in runs])) \
+            if 'kl' in runs[0] else ''
+        common.log.info('%-38s%s%s%s', name if name.endswith(' net') else student_name(name),
+                        ''.join(f'{c:8.1f}%' for c in cells), extra,
+                        '  fails V0' if failed(results, name) else '')
+    common.log.info('PGD-CE, margin, worst: at %s', radius_text(results, 0))
+
+
+
+def make_parser():
+    parser = common.make_parser(__doc__, DEFAULTS)
+    add = parser.add_argument
+
+    def student(text):
+        try:
+            parse_student(text)
+        except ValueError:
+            if text != 'all':
+                raise argparse.ArgumentTypeError(
+                    f"{text!r} is none of all, {', '.join(NAMES)}, nor one of them with /T5 "
+                    '(temperature), /mse (loss) or /again (other initial weights)')
+        return text
+
+    add('--students', type=student, nargs='+', metavar='M', help='all, or of '
+        + ', '.join(NAMES) + '; M0/T5: at temperature 5, M0/mse: mean square of logits, '
+        'M0/again: other initial weights and order')
+    add('--distil-epochs', type=common.count, metavar='N', help='the students see')
+    add('--student-arch', choices=common.ARCHS, metavar='NAME', help="(the teacher's)")
+    add('--teacher', choices=[m for m in common.METHODS if m != 'standard'], default='pgd',
+        help='how the AT teacher is trained (pgd)')
+    add('--teacher-wrong', choices=('keep', 'drop'), default='keep',
+        help='training images that the AT teacher gets wrong (keep)')
+    add('--logit-images', type=common.count, metavar='N', help='clean test images at most, for '
+        'the statistics of logits')
+    add('--margin-steps', type=common.count, help='of PGD on the margin')
+    add('--restarts', type=common.count, help='of PGD on the margin')
+    add('--apgd-steps', type=common.count)
+    add('--targets', type=common.count, help='classes APGD-T aims at')
+    add('--square-queries', type=common.count)
+    return parser
+
+
+def main(argv=None):
+    args = common.parse(make_parser(), argv)
+    if 'all' in args.students:
+        args.students = list(NAMES) + [s for s in args.students if '/' in s]
+    if len(set(args.students)) < len(args.students):
+        raise common.UserError('--students must differ from each other')
+    if args.plot_only:
+        folder, results = common.open_results(args.plot_only)
+        if f"network-AT-s{results.get('config', {}).get('seeds', [0])[0]}" not in results:
+            raise common.UserError(f'{folder} is no finished run of this study')
+    else:
+        folder, results = study(args)
+    print_table(results)
+    draw(results, folder)
+    judge(results, folder)
+    common.log.info('\nfigures and results in %s', folder)
+
+
+if __name__ == '__main__':
+    common.entry(main)
