@@ -1,0 +1,420 @@
+"""logit_distill.py: invariants of every manipulation, closed forms, an exact tier, verdicts."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+import logit_distill as ld
+
+
+def logits(n=400, k=10, seed=0, spread=2.0):
+    return spread * torch.randn(n, k, generator=torch.Generator().manual_seed(seed),
+                                dtype=torch.float64)
+
+
+T, S = logits(), logits(seed=1, spread=4.0)
+M = T.argmax(1)
+ROWS = torch.arange(len(T))
+
+
+def others(t, m=M):
+    keep = torch.ones_like(t, dtype=torch.bool).scatter(1, m[:, None], False)
+    return t[keep].view(len(t), -1)
+
+
+def confidence(t, m=M):
+    return t.softmax(1).gather(1, m[:, None])[:, 0]
+
+
+def generator(key='test'):
+    return common.make_generator(key)
+
+
+def whole_and_table(t=T, s=S, key='table'):
+    t, s = t.float(), s.float()
+    whole = ld.describe(t, s)
+    return whole, ld.draw_table(whole, whole['m'], whole['odds'], generator(key))
+
+
+def target(name, fresh='fresh', t=T, s=S):
+    whole, table = whole_and_table(t, s)
+    return ld.targets(name, t.float(), s.float(), whole, table, generator(fresh)).double()
+
+
+# ---------------------------------------------------------------------------- manipulations
+
+@pytest.mark.parametrize('name', ('M1', 'M2', 'M3', 'M6', 'M8', 'M10'))
+def test_moves_keep_the_prediction_and_every_value(name):
+    out = target(name)
+    assert torch.allclose(out.gather(1, M[:, None]), T.gather(1, M[:, None]), atol=1e-6)
+    assert torch.allclose(others(out).sort(1)[0], others(T).sort(1)[0], atol=1e-6)
+    assert torch.allclose(confidence(out), confidence(T), atol=1e-6)
+    assert not torch.allclose(out, T, atol=1e-3)
+
+
+def test_permutations_are_fresh_per_sample_or_per_class():
+    assert torch.equal(target('M2', 'one'), target('M2', 'two'))  # the table decides
+    assert not torch.equal(target('M1', 'one'), target('M1', 'two'))
+    # M3: two images read alike are permuted alike, others are not
+    order = {}
+    for m, t, out in zip(M.tolist(), T.float(), target('M3').float()):
+        where = tuple(out.tolist().index(v) for v in t.tolist())
+        assert order.setdefault(m, where) == where and where[m] == m
+    assert len(set(order.values())) == 10
+    # M2: images read alike are not
+    same = (M == M[0]).nonzero()[:, 0]
+    moved = [tuple(o.tolist().index(v) for v in t.tolist())
+             for t, o in zip(T.float()[same], target('M2').float()[same])]
+    assert len(set(moved)) > 0.9 * len(moved)
+
+
+def test_random_permutations_are_uniform():
+    u = torch.rand(30000, 4, generator=generator())
+    out = ld.permute_others(torch.tensor([[3.0, 0, 1, 2]]).expand(30000, -1),
+                            torch.zeros(30000, dtype=torch.int64), u)
+    for place in (1, 2, 3):
+        for value in (0, 1, 2):
+            assert (out[:, place] == value).double().mean() == pytest.approx(1 / 3, abs=0.015)
+
+
+@pytest.mark.parametrize('keep', (0, 1, 3, 8, 9))
+def test_flattening_keeps_the_confidence_and_the_largest(keep):
+    out = ld.flatten_others(T, M, keep)
+    assert torch.allclose(confidence(out), confidence(T), atol=1e-12)
+    before, after = (others(v).sort(1, descending=True)[0] for v in (T, out))
+    assert torch.equal(before[:, :keep], after[:, :keep])
+    assert (after[:, keep:].amax(1) - after[:, keep:].amin(1)).abs().max() < 1e-12 \
+        if keep < 9 else torch.equal(out, T)
+    if keep == 8:  # one class alone is its own mean
+        assert torch.allclose(out, T)
+
+
+def test_the_arithmetic_mean_would_raise_the_confidence():
+    flat = T.clone()
+    for i, m in enumerate(M):
+        rest = torch.arange(10) != m
+        flat[i, rest] = T[i, rest].mean()
+    assert (confidence(flat) > confidence(T) + 1e-6).all()
+
+
+def test_reversing_twice_is_nothing():
+    once = ld.reverse_others(T, M)
+    assert torch.equal(ld.reverse_others(once, M), T)
+    order = others(T).argsort(1)
+    assert torch.equal(others(once).argsort(1), order.flip(1))
+
+
+def test_orders_and_profiles():
+    whole, _ = whole_and_table()
+    out = target('M8')
+    assert torch.equal(others(out).argsort(1), others(whole['mean'][M]).argsort(1))
+    out = target('M9')
+    assert torch.equal(others(out).argsort(1), others(T.float()).argsort(1))
+    values = ld.ranked(out, M)[1]
+    assert torch.allclose(values, values[:1].expand_as(values))
+    assert torch.allclose(values[0], (T - T.mean(1, keepdim=True)).sort(
+        1, descending=True)[0].mean(0), atol=1e-5)
+
+
+def test_the_runner_up_is_another_class():
+    out = target('M10')
+    second = [ld.ranked(v, M)[0][:, 1] for v in (T, out)]
+    assert (second[0] != second[1]).all()
+    seen = {int((ld.ranked(T, M)[0][i] == second[1][i]).nonzero()) for i in range(len(T))}
+    assert seen == set(range(2, 10))
+    assert torch.allclose(ld.logit_measures(out)['gap'], ld.logit_measures(T)['gap'], atol=1e-6)
+
+
+def test_confidence_can_be_set_shuffled_and_borrowed():
+    whole, table = whole_and_table()
+    constant = confidence(target('M11'))
+    assert torch.allclose(constant, confidence(T).mean().expand_as(constant), atol=1e-6)
+    for c in range(10):  # M12: each class keeps its confidences, images exchange them
+        own = confidence(T)[M == c].sort()[0]
+        assert torch.allclose(confidence(target('M12'))[M == c].sort()[0], own, atol=1e-5)
+    assert (confidence(target('M12')) - confidence(T)).abs().mean() > 0.05
+    for name in ('M11', 'M12', 'M13', 'M14', 'SA'):  # the others are left alone
+        assert torch.allclose(others(target(name)), others(T), atol=1e-6)
+    gap = ld.logit_measures(target('M14'))['gap']
+    assert torch.allclose(gap, ld.logit_measures(T)['gap'].mean().expand_as(gap), atol=1e-5)
+    height = target('M13').gather(1, M[:, None])[:, 0] - others(T).mean(1)
+    assert height.std() < 1e-5
+    assert torch.allclose(ld.log_odds(target('SA'), M), ld.log_odds(S, S.argmax(1)), atol=1e-4)
+    assert torch.allclose(ld.log_odds(target('AS'), M), ld.log_odds(T, M), atol=1e-4)
+    assert torch.allclose(others(target('AS')), others(S), atol=1e-6)
+
+
+def test_log_odds_are_those_of_the_probability():
+    p = confidence(T)
+    assert torch.allclose(ld.log_odds(T, M), (p / (1 - p)).log())
+    big = torch.tensor([[60.0, 0, 0]])  # where p is 1 in float32
+    assert ld.log_odds(big, torch.tensor([0])).item() == pytest.approx(60 - math.log(2))
+
+
+def test_summaries():
+    out = target('M7')
+    for c in range(10):
+        rows = (T - T.mean(1, keepdim=True))[M == c]
+        assert torch.allclose(out[M == c][0], rows.mean(0), atol=1e-5)
+    smooth = target('M16')
+    assert others(smooth).std(1).max() < 1e-5
+    assert torch.allclose(confidence(smooth), confidence(T).mean().expand(len(T)), atol=1e-6)
+    gap = ld.logit_measures(target('M17'))['gap'].mean()
+    assert gap.item() == pytest.approx(ld.logit_measures(T)['gap'].mean().item(), rel=1e-5)
+    hard = target('M19').softmax(1)
+    assert torch.equal(hard, F.one_hot(M, 10).double())
+
+
+def test_gaussians_have_the_moments_of_their_class():
+    t = logits(6000, 4) + 8.0 * F.one_hot(torch.arange(6000) % 4, 4)  # never flips
+    whole, table = whole_and_table(t, t)
+    centred = (t - t.mean(1, keepdim=True)).float()
+    for c in range(4):
+        rows, drawn = centred[whole['m'] == c], table['gaussian'][whole['m'] == c]
+        assert torch.allclose(rows.mean(0), drawn.mean(0), atol=0.25)
+        assert torch.allclose(torch.cov(rows.T), torch.cov(drawn.T), atol=0.6)
+    # and where they do flip, they are drawn again
+    whole, table = whole_and_table()
+    assert (table['gaussian'].argmax(1) != M).float().mean() < 0.05
+
+
+def test_flips_are_those_of_borrowed_confidence():
+    for name in ld.NAMES:
+        if name in ('LSQ', 'STD', 'M17'):
+            continue
+        flips = (target(name).argmax(1) != M).double().mean()
+        if name in ('M7', 'M11', 'M12', 'M13', 'M15', 'M16', 'AS', 'SA'):
+            continue  # may flip: those images are left out of the training
+        assert flips == 0, name
+    assert 0 < (target('M12').argmax(1) != M).double().mean() < 0.3
+
+
+def test_what_can_be_learned_of_a_permutation_is_the_flat_target():
+    """The mean over permutations gives every other class the same probability: M4."""
+    t, s = T.float(), S.float()
+    whole, _ = whole_and_table()
+    flat = target('M4').softmax(1)
+    for name in ('M1', 'M2'):
+        mean = ld.expected_target(name, t, s, whole, 'key').double().softmax(1)
+        assert (mean - flat).abs().mean() < 0.01
+        assert torch.allclose(confidence(mean.log()), confidence(flat.log()), atol=1e-5)
+    exact = ld.expected_target('M6', t, s, whole, 'key')
+    assert torch.equal(exact, target('M6').float())
+
+
+# --------------------------------------------------------------------------------- objective
+
+def test_the_mean_square_is_the_limit_of_the_divergence():
+    t, z = T[:50], logits(50, seed=3)
+    square = ld.distil_loss(z.float(), t.float(), kind='mse')
+    hot = ld.distil_loss(z, t / 100, 100.0)
+    assert torch.allclose(hot.float(), square, rtol=0.05, atol=1e-3)
+    assert torch.allclose(square, ld.distil_loss(z.float() + 7, t.float(), kind='mse'), atol=1e-4)
+
+
+def test_the_divergence_at_a_temperature():
+    t, z = T[:50], logits(50, seed=3)
+    p, q = (t / 5).softmax(1), (z / 5).softmax(1)
+    assert torch.allclose(ld.distil_loss(z, t / 5, 5.0), 25 * (p * (p / q).log()).sum(1).float(),
+                          atol=1e-4)
+    assert ld.distil_loss(t, t / 5, 5.0).abs().max() < 1e-5
+    y = M[:50]
+    assert torch.allclose(ld.distil_loss(z, ld.hard(t, y)), F.cross_entropy(
+        z.float(), y, reduction='none'), atol=1e-5)
+
+
+def test_squeezing_reaches_the_height_it_is_solved_for():
+    for height, k in ((2.0, 10), (6.0, 10), (4.0, 100)):
+        weight = ld.squeeze_weight(height, k)
+        z = torch.zeros(1, k, dtype=torch.float64, requires_grad=True)
+        optimiser = torch.optim.LBFGS([z], max_iter=500, tolerance_grad=1e-12,
+                                      tolerance_change=1e-14, line_search_fn='strong_wolfe')
+
+        def closure():
+            optimiser.zero_grad()
+            loss = F.cross_entropy(z, torch.tensor([0])) + weight * z.pow(2).sum()
+            loss.backward()
+            return loss
+        optimiser.step(closure)
+        assert (z[0, 0] - z.mean()).item() == pytest.approx(height, rel=1e-3)
+
+
+@pytest.mark.parametrize('text,expected', (
+    ('M4', ('M4', 1.0, 'kl', False)), ('M0/T5', ('M0', 5.0, 'kl', False)),
+    ('M6/mse', ('M6', 1.0, 'mse', False)), ('M0/again', ('M0', 1.0, 'kl', True))))
+def test_students_are_read(text, expected):
+    assert ld.parse_student(text) == expected
+
+
+@pytest.mark.parametrize('text', ('M20', 'M0/', 'M0/T0', 'M0/Tx', 'M0/later', 'LSQ/mse', ''))
+def test_unknown_students_are_refused(text):
+    if text == 'M0/':
+        assert ld.parse_student(text)[0] == 'M0'
+    else:
+        with pytest.raises(ValueError):
+            ld.parse_student(text)
+
+
+# ------------------------------------------------------------------------------------ theory
+
+def test_the_best_scale_of_two_classes():
+    """A share r wrong, all margins m: s m = log((1 - r) / r)."""
+    for r, m in ((0.1, 2.0), (0.25, 0.5), (0.4, 3.0)):
+        wrong = torch.arange(1000) < 1000 * r
+        z = torch.stack((torch.where(wrong, -m, m), torch.zeros(1000)), 1).double()
+        y = torch.zeros(1000, dtype=torch.int64)
+        assert ld.best_scale(z, y) == pytest.approx(math.log((1 - r) / r) / m, rel=1e-4)
+    assert ld.best_scale(T, M) == math.inf  # separable: no finite optimum
+    assert ld.scale_bound(T, M) == math.inf
+
+
+def test_the_bound_holds():
+    loose = []
+    for seed in range(60):
+        k = (3, 10, 30)[seed % 3]
+        z = logits(100, k, seed, spread=0.3 + seed / 10)
+        y = torch.where(torch.rand(100, generator=torch.Generator().manual_seed(seed)) < 0.3,
+                        torch.arange(100) % k, z.argmax(1))
+        best, bound = ld.best_scale(z, y), ld.scale_bound(z, y)
+        assert best <= bound
+        loose.append(best / bound)
+    assert max(loose) > 0.02  # not vacuous
+
+
+class Linear(nn.Module):
+    """Logits linear in the pixels of (N, 1, 8, 8)."""
+
+    def __init__(self, k=10):
+        super().__init__()
+        self.fc = nn.Linear(64, k)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+
+
+def exact_radius(model, x, y):
+    """min_j (z_y - z_j) / |w_y - w_j|_1: the smallest perturbation, without clipping."""
+    z, w = model(x).detach(), model.fc.weight.detach()
+    size = (w[y][:, None] - w[None]).abs().sum(2)
+    radius = (z.gather(1, y[:, None]) - z) / size.clamp(min=1e-12)
+    return radius.scatter(1, y[:, None], math.inf).amin(1)
+
+
+def test_the_linear_radius_is_exact_for_linear_logits():
+    torch.manual_seed(0)
+    model, x, y = Linear(), torch.rand(30, 1, 8, 8), torch.arange(30) % 10
+    radius, gap, slope = ld.linear_radius(model, x, y)
+    assert torch.allclose(radius, exact_radius(model, x, y), atol=1e-5)
+    assert torch.allclose(radius, gap / slope)
+    two, _, _ = ld.linear_radius(model, x, y, 'l2')
+    w, z = model.fc.weight.detach(), model(x).detach()
+    size = (w[y][:, None] - w[None]).norm(dim=2).clamp(min=1e-12)
+    by_hand = ((z.gather(1, y[:, None]) - z) / size).scatter(1, y[:, None], math.inf).amin(1)
+    assert torch.allclose(two, by_hand, atol=1e-5)
+
+
+# ------------------------------------------------ the exact tier: robustness in closed form
+
+EPS = 0.06
+
+
+def digits(n, seed):
+    """Ten classes of 64 pixels near 1/2, so that nothing is clipped: eight strong features
+    per class pair, many weak ones that a perturbation of EPS can turn round."""
+    g = torch.Generator().manual_seed(99)
+    strong = 0.13 * torch.randn(10, 64, generator=g) * (torch.arange(64) < 20)
+    weak = 0.035 * torch.randn(10, 64, generator=g).sign() * (torch.arange(64) >= 20)
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 10
+    noise = torch.randn(n, 64, generator=g)
+    x = 0.5 + (strong + weak)[y] + noise * torch.where(torch.arange(64) < 20, 0.09, 0.02)
+    return x.clamp(0.1, 0.9).view(n, 1, 8, 8), y
+
+
+def fit(loss, decay, steps=300):
+    """A linear model at the minimum of a convex loss(model)."""
+    torch.manual_seed(0)
+    model = Linear()
+    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=steps, history_size=50,
+                                  tolerance_grad=1e-9, tolerance_change=1e-12,
+                                  line_search_fn='strong_wolfe')
+
+    def closure():
+        optimiser.zero_grad()
+        value = loss(model) + decay * model.fc.weight.pow(2).sum()
+        value.backward()
+        return value
+    optimiser.step(closure)
+    return model.eval()
+
+
+def worst_logits(model, x, y):
+    """Each z_j raised by the most that a perturbation of EPS can gain on y: (N, K)."""
+    w = model.fc.weight
+    return model(x) + EPS * (w[y][:, None] - w[None]).abs().sum(2)
+
+
+@pytest.fixture(scope='module')
+def exact():
+    x, y = digits(1500, 0)
+    std = fit(lambda m: F.cross_entropy(m(x), y), 1e-3)
+    at = fit(lambda m: F.cross_entropy(worst_logits(m, x, y), y), 1e-3)
+    return x, y, std, at
+
+
+def test_attacks_reach_the_exact_robust_accuracy(exact):
+    x, y, std, at = exact
+    x, y = digits(300, 1)
+    args = common.parse(ld.make_parser(), ['--eps', str(EPS), '--targets', '9', '--restarts', '3'])
+    for model in (std, at):
+        truth = exact_radius(model, x, y) > EPS
+        left = common.correct_under(model, x, y)
+        for name, attack in ld.evaluation_attacks(args, EPS, 0, torch.device('cpu')).items():
+            held = common.correct_under(model, x, y, attack)
+            assert not (truth & ~held).any(), name  # no attack beats the truth
+            left = left & held
+        assert left.float().mean() == pytest.approx(truth.float().mean().item(), abs=0.01)
+
+
+def test_an_exact_student_keeps_the_robustness_and_a_manipulated_one_does_not(exact):
+    x, y, std, at = exact
+    x_test, y_test = digits(1000, 2)
+    t, s = (m(x).detach() for m in (at, std))
+    whole = ld.describe(t, s)
+    table = ld.draw_table(whole, whole['m'], whole['odds'], generator())
+
+    def robust(model):
+        return (exact_radius(model, x_test, y_test) > EPS).float().mean().item()
+
+    kept = {}
+    for name in ('M0', 'M2', 'M4', 'M11', 'M17'):
+        goal = ld.targets(name, t, s, whole, table, generator())
+        student = fit(lambda m: ld.distil_loss(m(x), goal).mean(), 1e-9, 1000)
+        kept[name] = (robust(student) - robust(std)) / (robust(at) - robust(std))
+    assert robust(at) > robust(std) + 0.2
+    assert kept['M0'] == pytest.approx(1.0, abs=0.1)  # a linear student realises its teacher
+    assert kept['M17'] == pytest.approx(0.0, abs=0.1)  # scaling all logits changes no radius
+    for name in ('M2', 'M4', 'M11'):  # no linear student has such logits
+        assert kept[name] < 0.5, kept
+
+
+def test_looks_of_simple_images():
+    flat = torch.full((1, 3, 32, 32), 0.4)
+    stripes = flat.clone()
+    stripes[..., ::2] += 0.2
+    ramp = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)
+    a, b, c = (ld.looks(v) for v in (flat, stripes, ramp))
+    assert all(v.abs().max() < 1e-5 for k, v in a.items() if k != 'high frequencies')
+    assert b['high frequencies'] > 0.99 and c['high frequencies'] < 0.1
+    assert b['edges'].item() == pytest.approx(0.2, abs=1e-5)
+    assert b['contrast'].item() == pytest.approx(0.1, abs=1e-3)
+
+
+def test_holm():
+    assert ld.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert ld.holm([0.9, 0.8]) == [1.0, 1.0]
