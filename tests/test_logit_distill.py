@@ -418,3 +418,295 @@ def test_looks_of_simple_images():
 def test_holm():
     assert ld.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert ld.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+# ----------------------------------------------------------------------------------- the study
+
+TINY = ('--train-size', '200', '--epochs', '1', '--batch-size', '50', '--test-size', '40',
+        '--amp', 'fp32', '--distil-epochs', '3', '--logit-images', '100', '--apgd-steps', '5',
+        '--margin-steps', '5', '--square-queries', '5', '--targets', '1')
+SOME = ['M0', 'M0/mse', 'M0/again', *(n for n in ld.NAMES if n != 'M0')]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A tiny study with every manipulation: its folder, results, claims and output folder."""
+    out = tmp_path_factory.mktemp('logit_distill')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ld, 'REDRAWS', 3)
+        args = common.parse(ld.make_parser(), [*TINY, '--students', *SOME, '--out', str(out)])
+        folder, results = ld.study(args)
+        ld.print_table(results)
+        ld.draw(results, folder)
+        return folder, results, ld.judge(results, folder), out
+
+
+def test_a_tiny_study_leaves_everything(finished):
+    folder, results, claims, out = finished
+    figures = {p.stem for p in folder.glob('*.png')}
+    assert figures == {f'fig{i}_{n}' for i, n in enumerate((
+        'logits', 'theory', 'disagreement', 'gallery', 'targets', 'students', 'lengths',
+        'classes', 'eps', 'learned'), 1)}
+    text = ' '.join(c['claim'] for c in claims)
+    for number in range(17):
+        assert f'V{number} ' in text, number
+    # 6 networks; students, and those of the two shorter lengths (1 epoch, as 3 / 9 rounds up)
+    shorter = len(results['lengths']) - 1
+    assert len(list((out / 'models').glob('*student*'))) == len(SOME) + 4 * shorter
+    assert len(list((out / 'models').glob('*.pt'))) == 6 + len(SOME) + 4 * shorter
+    assert ld.judge(json.loads((folder / 'results.json').read_text()), folder) == claims
+
+
+def test_nothing_is_measured_twice(finished, monkeypatch):
+    _, results, _, out = finished
+    monkeypatch.setattr(ld, 'evaluate', None)
+    monkeypatch.setattr(ld, 'measure_logits', None)
+    args = common.parse(ld.make_parser(), [*TINY, '--students', *SOME, '--out', str(out)])
+    assert ld.study(args)[1]['student-M0-e3-s0'] == results['student-M0-e3-s0']
+
+
+def test_only_what_can_be_redrawn_is_redrawn(finished, tmp_path, capsys):
+    folder = finished[0]
+    (folder / 'fig6_students.png').unlink()
+    ld.main(['--plot-only', str(folder)])
+    assert (folder / 'fig6_students.png').exists()
+    (tmp_path / 'results.json').write_text(json.dumps(dict(config=dict(seeds=[0]))))
+    with pytest.raises(SystemExit) as stop:
+        common.entry(lambda: ld.main(['--plot-only', str(tmp_path)]))
+    assert stop.value.code == 2 and 'no finished run' in capsys.readouterr().err
+
+
+def test_students_differ_in_their_targets_alone(finished):
+    """Same initial weights and order of the images: an intact student trained twice is the
+    same, and another objective or manipulation is another network."""
+    _, results, _, out = finished
+    rows = {}
+    for line in (finished[0] / 'metrics.csv').read_text().splitlines()[1:]:
+        cells = line.split(',')
+        rows.setdefault(cells[0], []).append(cells)
+    assert rows['student-M0'][0][1] == rows['student-M4'][0][1] == '1000'
+    assert rows['student-M0-again'][0][1] == '2000'
+    losses = {k: v[-1][5] for k, v in rows.items() if k.startswith('student')}
+    assert len(set(losses.values())) > 0.8 * len(losses)
+
+
+def test_teachers_are_left_alone_and_see_the_same_view(tmp_path, monkeypatch):
+    """With augmentation the targets are computed from the very batch the student sees."""
+    args = common.parse(ld.make_parser(), [*TINY, '--out', str(tmp_path), '--pad', '2'])
+    data = common.load_data('shapes', train_size=200, test_size=40, pad=2)
+    device = torch.device('cpu')
+    networks = ld.train_networks(args, data, 0, device, [])
+    lesson = ld.make_lesson(args, data, data.test, networks, 0, device)
+    assert not lesson['fixed']
+    before = {k: v.clone() for k, v in lesson['AT'].state_dict().items()}
+    seen, taught = [], []
+    lesson['AT'].register_forward_hook(lambda m, x, z: taught.append(x[0].clone()))
+    build = common.make_model
+
+    def watched(*a, **k):
+        model = build(*a, **k)
+        model.register_forward_pre_hook(
+            lambda m, x: seen.append(x[0].clone()) if m.training else None)
+        return model
+    monkeypatch.setattr(common.train_model, '__kwdefaults__',
+                        common.train_model.__kwdefaults__ | dict(build=watched))
+    ld.distil(args, data, lesson, 'M0', 1, 0, device)
+    assert len(seen) == len(taught) == 4
+    assert all(torch.equal(a, b) for a, b in zip(seen, taught))
+    assert not lesson['AT'].training
+    assert all(torch.equal(v, before[k]) for k, v in lesson['AT'].state_dict().items())
+
+
+def test_wrong_answers_of_the_teacher_can_be_left_out(tmp_path):
+    data = common.load_data('shapes', train_size=200, test_size=40)
+    device = torch.device('cpu')
+    folder = ['--out', str(tmp_path)]
+    found = []
+    for flags in ([], ['--teacher-wrong', 'drop']):
+        args = common.parse(ld.make_parser(), [*TINY, *folder, *flags])
+        networks = ld.train_networks(args, data, 0, device, [])
+        lesson = ld.make_lesson(args, data, data.test, networks, 0, device)
+        found.append(ld.distil(args, data, lesson, 'M0', 1, 0, device)['history'][-1]['loss'])
+    assert found[0] != found[1]  # an untrained teacher is mostly wrong
+
+
+# --------------------------------------------------------------------------------- verdicts
+
+def synthetic(results, robust, natural=1.0, learned=True):
+    """The results with other worst-case accuracies: {name: share at the radius of claims}."""
+    out = json.loads(json.dumps(results))
+    n = len(out['test_labels'])
+    names = {'STD net': 'network-STD-s0', 'AT net': 'network-AT-s0'}
+    for key in list(out):
+        if not key.startswith(('student-', 'network-')):
+            continue
+        name = next((k for k, v in names.items() if v == key), key.split('-')[1])
+        share = robust.get(name, 0.3)
+        run = out[key]
+        hit = (np.arange(400) < 400 * share).astype(np.uint8)
+        run['natural'] = common.pack(np.ones(400, np.uint8))
+        run['worst'] = [common.pack(hit), common.pack(hit)]
+        run['masking'] = {k: (0.0, limit, False) for k, (_, limit, _) in run['masking'].items()}
+        run['eps_curve'] = sorted(run['eps_curve'], reverse=True)
+        run['collapsed'] = False
+        if 'learned' in run:
+            run['confidence'] = run['target_confidence']
+            run['learned'] = {k: (v[1], v[1]) for k, v in run['learned'].items()}
+    out['test_labels'] = (out['test_labels'] * math.ceil(400 / n))[:400]
+    out['collapsed-s0'] = []
+    return out
+
+
+def verdict(claims, start):
+    found = [c['verdict'] for c in claims if c['claim'].startswith(start)]
+    assert found, start
+    return found[0]
+
+
+TEACHERS = {'STD net': 0.05, 'AT net': 0.85}
+
+
+@pytest.mark.parametrize('robust,expected', (
+    (dict(M0=0.65, M1=0.1, M2=0.1, M4=0.1, M11=0.1, M12=0.1, M16=0.06, M17=0.06, M7=0.1, M8=0.4,
+          M6=0.1, M5=0.3, K2=0.4, K3=0.5, K5=0.6, M15=0.1, LSQ=0.06), 'supported'),
+    (dict(M0=0.65, M1=0.64, M2=0.64, M4=0.64, M11=0.64, M12=0.64, M16=0.6, M17=0.6, M7=0.64,
+          M8=0.3, M6=0.6, M5=0.5, K2=0.4, K3=0.3, K5=0.2, M15=0.6, LSQ=0.6), 'contradicted')))
+def test_verdicts_on_students(finished, tmp_path, robust, expected):
+    claims = ld.judge(synthetic(finished[1], TEACHERS | robust), tmp_path)
+    assert verdict(claims, 'V9 ') == 'supported' and verdict(claims, 'V0 ') == 'supported'
+    for start in ('V10 Small logits alone are not enough: label smoothing',
+                  "V10 Small logits alone are not enough: STD's",
+                  'V10 Small logits alone are not enough: logit squeezing',
+                  'V11 Sample-wise confidence matters: made constant',
+                  'V11 Sample-wise confidence matters: shuffled',
+                  'V12 Information on incorrect classes matters: permuted at every',
+                  'V12 Information on incorrect classes matters: permuted once',
+                  'V12 Information on incorrect classes matters: made equal', 'V12 It is essential',
+                  'V13 The order of', 'V14 The distributions are complex, summaries do not do: '
+                  'class means'):
+        assert verdict(claims, start) == expected, start
+    if expected == 'supported':
+        assert verdict(claims, 'V15') == 'supported'
+    else:
+        assert verdict(claims, 'V15') != 'supported'
+
+
+def test_small_differences_between_students_are_inconclusive(finished, tmp_path):
+    claims = ld.judge(synthetic(finished[1], TEACHERS | dict(M0=0.5, M4=0.40)), tmp_path)
+    assert verdict(claims, 'V12 Information on incorrect classes matters: made equal') == \
+        'inconclusive'
+
+
+def test_a_student_that_did_not_learn_its_target_has_no_verdict(finished, tmp_path):
+    results = synthetic(finished[1], TEACHERS | dict(M0=0.65, M4=0.1))
+    results['student-M4-e3-s0']['confidence'] *= 0.8
+    claims = ld.judge(results, tmp_path)
+    assert 'invalid, M4 fails V0' in verdict(
+        claims, 'V12 Information on incorrect classes matters: made equal')
+    assert verdict(claims, 'V0 ') == 'contradicted'
+    assert verdict(claims, 'V12 Information on incorrect classes matters: permuted once') \
+        == 'supported'
+    results = synthetic(finished[1], TEACHERS | dict(M0=0.65, M11=0.1))
+    first = next(iter(results['student-M0-e3-s0']['masking']))
+    results['student-M0-e3-s0']['masking'][first] = (0.5, 0.1, True)
+    assert 'invalid, M0' in verdict(ld.judge(results, tmp_path), 'V11 ')
+
+
+def test_nothing_follows_from_a_student_that_keeps_nothing(finished, tmp_path):
+    claims = ld.judge(synthetic(finished[1], TEACHERS | dict(M0=0.06, M4=0.05)), tmp_path)
+    assert verdict(claims, 'V9 ') == 'contradicted'
+    assert 'M0 itself keeps less' in verdict(claims, 'V12 Information')
+    claims = ld.judge(synthetic(finished[1], {'STD net': 0.3, 'AT net': 0.31, 'M0': 0.3}),
+                      tmp_path)
+    assert 'not more robust' in verdict(claims, 'V9 ')
+
+
+def test_differences_of_natural_accuracy_ask_for_a_second_look(finished, tmp_path):
+    """M4 errs on the very images that M0 is robust on: on the others nothing is lost."""
+    results = synthetic(finished[1], TEACHERS | dict(M0=0.65, M4=0.1))
+    run = results['student-M4-e3-s0']
+    right = np.ones(400, np.uint8)
+    right[40:260] = 0
+    run['natural'] = common.pack(right)
+    claims = ld.judge(results, tmp_path)
+    row = next(c for c in claims if c['claim'].startswith(
+        'V12 Information on incorrect classes matters: made equal'))
+    assert row['verdict'] == 'inconclusive' and 'on images all get right' in row['measured']
+    assert verdict(claims, 'V16') == 'contradicted'
+
+
+def with_logits(results, scale, other=None):
+    """The results with AT's measures `scale` times those of STD."""
+    out = json.loads(json.dumps(results))
+    rng = np.random.default_rng(0)
+    base = dict(largest=rng.normal(10, 1, 300), gap=rng.normal(6, 1, 300))
+    base |= dict(centred=base['largest'] + 0.1, odds=base['gap'] - 1)
+    out['collapsed-s0'] = []
+    factor = {'STD': 1, "STD'": 1, 'AT': scale, "AT'": scale}
+    rungs = [k for k in out['logits-s0'] if k not in factor]
+    factor |= {k: 1 + (scale - 1) * (i + 1) / 3 for i, k in enumerate(rungs)}
+    for name, f in factor.items():
+        run = out['logits-s0'][name]
+        for key, v in base.items():
+            if key == 'odds' and other and name.startswith('AT'):
+                v = other(v)
+            run[key] = common.pack((f * v).astype(np.float16))
+        run['correct'] = common.pack(np.ones(300, np.uint8))
+        run['profile'] = (f * np.linspace(9, -9, 10)).tolist()
+    return out
+
+
+def test_verdicts_on_logits(finished, tmp_path):
+    claims = ld.judge(with_logits(finished[1], 0.6), tmp_path)
+    for start in ('V1 AT lowers', 'V1 The same, minus', 'V1 The same, on', 'V2 AT', 'V2 The',
+                  'V2 Every', 'V3'):
+        assert verdict(claims, start) == 'supported', start
+    assert verdict(claims, 'V6') == 'contradicted'  # the same ranks
+    claims = ld.judge(with_logits(finished[1], 1.5, lambda v: v[::-1].copy()), tmp_path)
+    for start in ('V1 AT lowers', 'V2 AT', 'V2 Every', 'V3'):
+        assert verdict(claims, start) == 'contradicted', start
+    assert verdict(claims, 'V6') == verdict(claims, 'V7') == 'supported'  # other ranks
+
+
+def test_verdicts_on_the_scale(finished, tmp_path):
+    results = json.loads(json.dumps(finished[1]))
+    results['collapsed-s0'] = []
+    scales = results['theory-s0']
+    for name, kind, value in (('AT', 'attacked', 1.05), ('STD', 'natural', None),
+                              ('STD', 'attacked', 0.1)):
+        scales[name]['scales'][kind]['best'] = value
+    claims = ld.judge(results, tmp_path)
+    starts = ('V4 AT', 'V4 STD', 'V4 and')
+    assert [verdict(claims, s) for s in starts] == ['supported'] * 3
+    for name, kind, value in (('AT', 'attacked', 2.0), ('STD', 'natural', 0.9),
+                              ('STD', 'attacked', 0.9)):
+        scales[name]['scales'][kind]['best'] = value
+    claims = ld.judge(results, tmp_path)
+    assert [verdict(claims, s) for s in starts] == ['contradicted'] * 3
+
+
+def test_worst_cases_shrink_with_the_radius(finished):
+    for key, run in finished[1].items():
+        if key.startswith(('student-', 'network-')):
+            natural, half, full = (common.unpack(v) for v in (run['natural'], *run['worst']))
+            assert (full <= half).all() and (half <= natural).all()
+
+
+@pytest.mark.parametrize('flags,message', (
+    (('--students', 'M20'), 'none of all'),
+    (('--students', 'M0/T0'), 'none of all'),
+    (('--students', 'M0', 'M0'), 'must differ'),
+    (('--students',), 'expected at least one'),
+    (('--teacher', 'standard'), 'invalid choice'),
+    (('--distil-epochs', '0'), 'not a whole number'),
+    (('--dataset', 'folder:nowhere'), 'does not stream'),
+    (('--eps', '8'), 'did you mean 8/255'),
+    (('--student-arch', 'lenet6'), 'invalid choice'),
+    (('--device', 'cuda'), 'no CUDA device')))
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys):
+    if 'cuda' in flags and torch.cuda.is_available():
+        pytest.skip('there is one')
+    with pytest.raises(SystemExit) as stop:
+        common.entry(lambda: ld.main([*TINY, '--out', str(tmp_path), *flags]))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and message in error and len(error.splitlines()) == 1
