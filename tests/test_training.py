@@ -153,6 +153,31 @@ def test_best_is_the_epoch_of_highest_robust_validation_accuracy_after_the_warm_
     assert not torch.equal(result['best']['fc.weight'], result['last']['fc.weight'])
 
 
+def test_own_labels_follow_their_images_and_epochs_can_go_unchecked(tmp_path):
+    data = common.load_data('shapes', train_size=96, test_size=20, pad=0)
+    seen = []
+
+    def loss_fn(model, x, y, threat, generator):
+        label, index = y.unbind(1)
+        assert torch.equal(x, common.to_float(data.train[0][index]))
+        assert torch.equal(label, data.train[1][index])
+        seen.extend(index.tolist())
+        return F.cross_entropy(model(x), label)
+
+    labels = torch.stack((data.train[1], torch.arange(96)), 1)
+    args = arguments(tmp_path, epochs=5)
+    result = common.train_model(args, data, 'own', 0, CPU, loss_fn=loss_fn, labels=labels,
+                                check_every=2)
+    assert sorted(seen) == sorted(5 * list(range(96)))
+    checked = [math.isfinite(row['val_robust']) for row in result['history']]
+    assert checked == [False, True, False, True, True]
+    scores = [row['score'] for row in result['history']]
+    assert result['best_epoch'] == max((1, 3, 4), key=lambda i: (scores[i], i)) + 1
+    plain = common.train_model(args, data, 'other', 0, CPU, loss_fn=common.standard_loss)
+    for k, v in result['last'].items():  # neither changes the weights
+        assert torch.equal(v, plain['last'][k])
+
+
 def test_kept_epochs_are_those_of_the_training_and_leave_a_finished_model_alone(tmp_path):
     args = arguments(tmp_path)
     data = common.load_data('shapes', train_size=96, test_size=20)
