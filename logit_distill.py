@@ -49,7 +49,9 @@ DEFAULTS = {
                         'STD', 'SA', 'AS', 'M0/mse', 'M2/mse', 'M4/mse'],
               distil_epochs=200, judged=1.0, test_size=1000, logit_images=10000, margin_steps=50,
               restarts=10, apgd_steps=100, targets=9, square_queries=5000),
-    'shapes': dict(distil_epochs=16, judged=0.5, test_size=250, logit_images=2000,
+    'shapes': dict(students=['M0', 'M1', 'M2', 'M4', 'M6', 'M7', 'M11', 'M12', 'M16', 'M17', 'STD',
+                             'SA', 'AS', 'M0/mse', 'M2/mse', 'M4/mse'],
+                   distil_epochs=16, judged=0.5, test_size=250, logit_images=2000,
                    margin_steps=25, restarts=1, apgd_steps=25, targets=3, square_queries=100),
 }
 RUNGS = (0.25, 0.5)                    # of eps: further teachers, for the dose response
@@ -866,6 +868,7 @@ def sampler(results, which, images=None):
             noise = RETRAINED['all'] * alike + RETRAINED['each'] * own
             near = (hits.sum() + 0.5) / (hits.size + 1)  # 0 of 250 is not for certain 0
             p[1:] += noise * math.sqrt(near * (1 - near) / seeds)
+            p = p.clip(0, 1)
         return p
 
     low, high = accuracy('STD net'), accuracy('AT net')
