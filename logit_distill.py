@@ -79,6 +79,7 @@ DOSE = 0.8                             # V15
 NATURAL_GAP = 0.02                     # V16
 # V0: means against the target's. The log-odds had 10 % at first; a first run at 18 epochs had
 # half of all students 10 to 17 % below, for the surest images weigh least and are learned last.
+# Where the mean log-odds are below 1 the share is of 1: on CIFAR-10 they are near 0.
 LEARNED = {'confidence': 0.10, 'log-odds': 0.20}
 KL_SHARE = 0.25                        # V0: of the KL of one constant answer to all images
 SQUEEZED = 0.20                        # V0: mean centred maximum of LSQ against the teacher's
@@ -776,7 +777,14 @@ def study(args):
     rows, lengths = [], sorted({max(1, round(share * args.distil_epochs)) for share in LENGTHS}
                                - {args.distil_epochs})
     results['lengths'] = [*lengths, args.distil_epochs]
+    plan = [(epochs, student) for epochs in (args.distil_epochs, *lengths)
+            for student in args.students if epochs not in lengths or student in LENGTH_STUDENTS]
+    parts = ['logits', 'theory', 'disagreement', 'example', 'network-STD', 'network-AT',
+             *(f'student-{student}-e{epochs}' for epochs, student in plan)]
     for seed in args.seeds:
+        if all(f'{part}-s{seed}' in results for part in parts):
+            continue
+
         def measure(part, function, seed=seed):
             return common.measure(results, f'{part}-s{seed}', function, folder)
 
@@ -792,20 +800,16 @@ def study(args):
         for name in ('STD', 'AT'):
             measure(f'network-{name}', lambda: evaluate(args, data, lesson[name], lesson, seed,
                                                         device))
-        for epochs in [args.distil_epochs, *lengths]:
-            for student in args.students:
-                if epochs in lengths and student not in LENGTH_STUDENTS:
-                    continue
-                trained = distil(args, data, lesson, student, epochs, seed, device)
-                if epochs == args.distil_epochs:
-                    rows += trained['history']
-                    common.write_metrics(folder / 'metrics.csv', rows)
-                found = measure(f'student-{student}-e{epochs}', lambda: evaluate_student(
-                    args, data, more, lesson, trained, student, seed, device,
-                    epochs in lengths))
-                common.log.info('  %-34s natural %.3f  worst case %.3f, %.3f',
-                                student_name(student), unpack(found['natural']).mean(),
-                                *(unpack(v).mean() for v in found['worst']))
+        for epochs, student in plan:
+            trained = distil(args, data, lesson, student, epochs, seed, device)
+            if epochs == args.distil_epochs:
+                rows += trained['history']
+                common.write_metrics(folder / 'metrics.csv', rows)
+            found = measure(f'student-{student}-e{epochs}', lambda: evaluate_student(
+                args, data, more, lesson, trained, student, seed, device, epochs in lengths))
+            common.log.info('  %-34s natural %.3f  worst case %.3f, %.3f',
+                            student_name(student), unpack(found['natural']).mean(),
+                            *(unpack(v).mean() for v in found['worst']))
     return folder, json.loads(Path(folder, 'results.json').read_text())
 
 
@@ -898,7 +902,7 @@ def failed(results, name):
             pairs = {'confidence': (run['confidence'], run['target_confidence']),
                      'log-odds': run['learned']['odds']}
             flags += [f'{k} {a:.2f}, target {b:.2f}' for k, (a, b) in pairs.items()
-                      if abs(a - b) > LEARNED[k] * abs(b)]
+                      if abs(a - b) > LEARNED[k] * (max(abs(b), 1) if k == 'log-odds' else b)]
             if run['kl'] > KL_SHARE * run['constant_kl']:
                 flags.append(f"KL {run['kl']:.2f}, of one constant answer {run['constant_kl']:.2f}")
         elif name.startswith('LSQ'):
@@ -931,7 +935,7 @@ GROUPS = (('whole', ('M0', 'LSQ', 'M19', 'M18', 'STD'), '#000000'),
 
 def colour_of(student):
     name = student.partition('/')[0]
-    return next(c for _, names, c in GROUPS if name in names)
+    return next((c for _, names, c in GROUPS if name in names), '#000000')
 
 
 def draw(results, folder):
@@ -1011,8 +1015,8 @@ def figure_theory(results, folder):
         slope, gap = (np.concatenate([unpack(p[k]) for p in parts]) for k in ('slope', 'gap'))
         keep = gap > 0
         axes[0, 1].plot(slope[keep], gap[keep], '.', ms=3, alpha=0.5, color=colour, label=name)
-        limits.append((slope[keep].min(), slope[keep].max()))
-    line = np.array([min(v[0] for v in limits), max(v[1] for v in limits)])
+        limits += slope[keep].tolist()
+    line = np.array([min(limits, default=1.0), max(limits, default=10.0)])
     for which, style in ((1, '-'), (0, '--')):
         axes[0, 1].plot(line, line * results['radii'][which], style, color='0.3', lw=1,
                         label='radius ' + radius_text(results, which).replace('eps ', ''))
@@ -1491,7 +1495,7 @@ def student_claims(results, claims):
     broken = {k: v for k, v in broken.items() if v}
     claims.append(claim(
         'V0 Every student learned its target (mean confidence within {:.0f} %, log-odds within '
-        '{:.0f} %, loosened after a first run; KL below a quarter of that of one constant answer) '
+        '{:.0f} % or 0.2, loosened after a first run; KL below a quarter of that of one constant answer) '
         'and no check of the evaluation is raised'.format(*(100 * v for v in LEARNED.values())),
         'control',
         '; '.join(f'{k}: {v}' for k, v in broken.items()) or
