@@ -1498,8 +1498,8 @@ def student_claims(results, claims):
     claims.append(claim(
         'V0 Every student learned its target (mean confidence within {:.0f} %, log-odds within '
         '{:.0f} % or 0.2, loosened after a first run; KL below a quarter of that of one constant '
-        'answer) and no check of the evaluation is raised'.format(*(100 * v for v in LEARNED.values())),
-        'control',
+        'answer) and no check of the evaluation is raised'.format(
+            *(100 * v for v in LEARNED.values())), 'control',
         '; '.join(f'{k}: {v}' for k, v in broken.items()) or
         f'{len(students)} students, {len(runs_of(results, "AT net")[0]["masking"])} checks each',
         'contradicted' if broken else 'supported'))
