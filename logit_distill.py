@@ -927,9 +927,9 @@ def radius_text(results, which):
 
 NETWORK_COLOURS = {'STD': '#0072B2', 'AT': '#D55E00'}
 GROUPS = (('whole', ('M0', 'LSQ', 'M19', 'M18', 'STD'), '#000000'),
-          ('class information', ('M1', 'M2', 'M3', 'M4', 'M5', 'K2', 'K3', 'K5', 'M6', 'M8', 'M9',
-                                 'M10', 'AS'), '#009E73'),
-          ('confidence', ('M11', 'M12', 'M13', 'M14', 'SA'), '#CC79A7'),
+          ('class information', ('M1', 'M2', 'M3', 'M4', 'M5', 'K2', 'K3', 'K5', 'M6', 'M8', 'M10',
+                                 'AS'), '#009E73'),
+          ('confidence', ('M9', 'M11', 'M12', 'M13', 'M14', 'SA'), '#CC79A7'),
           ('summary or small logits only', ('M7', 'M15', 'M16', 'M17'), '#E69F00'))
 
 
