@@ -541,7 +541,7 @@ def distil(args, data, lesson, student, epochs, seed, device):
     return common.train_model(
         own, data, 'student-' + student.replace('/', '-'), seed + (2000 if again else 1000),
         device, loss_fn=loss_fn, extra=extra, labels=torch.stack((data.train[1], index), 1),
-        check_every=epochs)
+        check_every=max(16, epochs // 4))
 
 
 def evaluation_attacks(args, eps, seed, device):
