@@ -81,6 +81,7 @@ NATURAL_GAP = 0.02                     # V16
 # half of all students 10 to 17 % below, for the surest images weigh least and are learned last.
 # Where the mean log-odds are below 1 the share is of 1: on CIFAR-10 they are near 0.
 LEARNED = {'confidence': 0.10, 'log-odds': 0.20}
+# These three came with a review, after the first runs.
 KL_SHARE = 0.25                        # V0: of the KL of one constant answer to all images
 SQUEEZED = 0.20                        # V0: mean centred maximum of LSQ against the teacher's
 CONVERGED = 0.10                       # gain of R(M0) from a third of the length, at most
