@@ -904,7 +904,7 @@ def failed(results, name):
                      'log-odds': run['learned']['odds']}
             flags += [f'{k} {a:.2f}, target {b:.2f}' for k, (a, b) in pairs.items()
                       if abs(a - b) > LEARNED[k] * (max(abs(b), 1) if k == 'log-odds' else b)]
-            if run['kl'] > KL_SHARE * run['constant_kl']:
+            if run['kl'] > KL_SHARE * max(run['constant_kl'], 1e-6):
                 flags.append(f"KL {run['kl']:.2f}, of one constant answer {run['constant_kl']:.2f}")
         elif name.startswith('LSQ'):
             own, goal = run['measures']['centred'], measured(results, 'AT', 'centred').mean()
