@@ -68,6 +68,7 @@ GALLERY = 10                           # images per row
 TARGETS_VERSION = 1                    # raise it when a change of this file changes a student
 
 # Thresholds of the claims, fixed before any run unless said otherwise.
+MONOTONE = 0.9                         # V3
 SCALE_NEAR_ONE, ATTACKED_SCALE = (0.8, 1.25), 0.5   # V4
 RADIUS_POINTS = 0.10                   # V5
 DISAGREE = 0.05                        # V6
@@ -1295,7 +1296,6 @@ def collapsed(results, *names):
 
 def logit_claims(results, claims):
     """V1-V3."""
-    config = results['config']
     bad = 'uninformative: collapsed model' if collapsed(results, 'STD', 'AT') else None
     right = measured(results, 'STD', 'correct') * measured(results, 'AT', 'correct') > 0
 
@@ -1329,19 +1329,24 @@ def logit_claims(results, claims):
             1.96 * error[np.argmin(shrunk / error)]),
         bad or effect_verdict((shrunk - 1.96 * error).min(), (shrunk + 1.96 * error).min())))
     names = teachers(results)
-    shares = np.array([0, *RUNGS, 1])
-    rho = [[rank_correlation(shares[None], np.array([measured(results, n, key)[i].mean()
-                                                     for n in names])[None])
-            for i in range(len(config['seeds']))] for key in ('centred', 'gap')]
-    worst = max(max(r) for r in rho)
+    shares = np.array([[0, *RUNGS, 1]])
+
+    def weakest(*values):
+        """The largest Spearman correlation over measures and seeds: -1 if all fall with eps."""
+        means = np.array([v.mean(1) for v in values]).reshape(2, len(names), -1)
+        return max(rank_correlation(shares, m[None]) for half in means for m in half.T)
+
+    value, low, high = bootstrap(weakest, *(measured(results, n, key) for key in (
+        'centred', 'gap') for n in names), draws=500)
     claims.append(claim(
         'V3 Stronger adversary, smaller logits: Spearman of eps with the mean largest logit '
-        '(centred) and with the gap is -0.9 or less in every seed', 'after Shafahi et al. 2019',
-        'largest of them {:+.2f}; centred {}, gap {}'.format(worst, *(
-            ', '.join(f'{measured(results, n, key).mean():.2f}' for n in names)
-            for key in ('centred', 'gap'))),
+        f'(centred) and with the gap is {-MONOTONE} or less in every seed',
+        'after Shafahi et al. 2019',
+        'largest of them {:+.2f} [{:+.2f}, {:+.2f}]; centred {}, gap {}'.format(
+            value, low, high, *(', '.join(f'{measured(results, n, key).mean():.2f}'
+                                          for n in names) for key in ('centred', 'gap'))),
         'uninformative: collapsed model' if collapsed(results, *names) else
-        'supported' if worst <= -0.9 else 'contradicted'))
+        effect_verdict(-high, -low, MONOTONE - 1e-9)))
 
 
 def theory_claims(results, claims):
