@@ -18,11 +18,9 @@ Not known  No table of the paper was at hand when this was written: reference nu
            authors' own logs, named as such.
 """
 import copy
-import json
 import math
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -1307,7 +1305,8 @@ def study(args):
     groups = {name: [arm for arm, _ in ablation_arms(args, [name])] for name in args.ablate}
     results |= dict(classes=data.classes, test_labels=data.test[1].tolist(), ablations=groups)
     if 'vanilla' in args.arms and 'cifs' in args.arms:
-        common.measure(results, 'cost', lambda: step_cost(args, data, device), folder)
+        common.measure(results, 'cost', lambda: common.agreed(  # no two clocks alike
+            lambda: step_cost(args, data, device)), folder)
     rows = []
     for seed in args.seeds:
         def model(trained, build):
@@ -1339,7 +1338,7 @@ def study(args):
             common.measure(results, 'activations', lambda: {
                 name: activations(args, data, net, seed, device)
                 for name, net in first.items()}, folder)
-    return folder, json.loads(Path(folder, 'results.json').read_text())
+    return folder, common.finish(folder)
 
 
 def _evaluate(args, data, trained, other, seed, device, arm, training):

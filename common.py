@@ -7,9 +7,10 @@ from top to bottom:
     2. Shapes       the embedded data set: ten outlines filled with ten textures
     3. Data         torchvision's data sets and image folders; batches on the device
     4. Models       small-cnn, lenet5, resnet18, preact-resnet18, wrn-*, torchvision's
-    5. Attacks      fgsm, pgd, apgd, square; robust accuracy; gradient-masking check
-    6. Training     standard, FGSM-AT, PGD-AT, TRADES, MART; exact resume
-    7. Results      results.json, bootstrap intervals, figures, claims
+    5. Processes    torchrun: many GPUs, one result
+    6. Attacks      fgsm, pgd, apgd, square; robust accuracy; gradient-masking check
+    7. Training     standard, FGSM-AT, PGD-AT, TRADES, MART; exact resume
+    8. Results      results.json, bootstrap intervals, figures, claims
 
 Conventions: images are float tensors (N, C, H, W) in [0, 1] (uint8 while stored), labels are
 int64 (N,), a model maps images to logits (N, K) and normalises them itself. eps and step sizes
@@ -31,6 +32,7 @@ import sys
 import time
 import zlib
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -38,6 +40,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
@@ -95,13 +98,23 @@ def entry(main):
             raise  # not the file system's: show where it comes from
         sys.exit(_complain(f'{error.strerror}: {error.filename or "while writing"}'))
     except KeyboardInterrupt:
-        print('\ninterrupted; the same command continues from the last finished epoch',
-              file=sys.stderr)
+        if first():
+            print('\ninterrupted; the same command continues from the last finished epoch',
+                  file=sys.stderr)
         sys.exit(130)
+    except RuntimeError:
+        if not _failures(0):
+            raise
+        sys.exit(2)  # another process has failed, and said why
+    finally:
+        if 'store' in _joined and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _complain(message):
-    print(f'error: {message}', file=sys.stderr)
+    # of many processes the first to fail speaks; before they have met all fail alike
+    if _failures(1) == 1 if 'store' in _joined else first():
+        print(f'error: {message}', file=sys.stderr, flush=True)
     return 2
 
 
@@ -148,7 +161,7 @@ def schedule(text):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # one line instead of argparse's usage block
-        self.exit(2, f'error: {message} (see --help)\n')
+        self.exit(2, f'error: {message} (see --help)\n' if first() else None)
 
 
 def make_parser(doc, defaults=None):
@@ -242,12 +255,16 @@ def parse(parser, argv=None):
 
 
 def pick_device(name='auto'):
-    """'auto' | 'cpu' | 'cuda' -> torch.device; also fixes what reproducibility needs."""
+    """'auto' | 'cpu' | 'cuda' -> torch.device; also fixes what reproducibility needs and, under
+    torchrun, meets the other processes."""
     if name == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: no CUDA device found; use --device cpu or auto')
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    return torch.device('cuda' if name != 'cpu' and torch.cuda.is_available() else 'cpu')
+    device = torch.device('cuda' if name != 'cpu' and torch.cuda.is_available() else 'cpu')
+    if launched() and not _joined:
+        join(device)
+    return device
 
 
 def pick_precision(device, amp='auto'):
@@ -288,7 +305,8 @@ def start_run(study, args):
     config['amp'] = str(pick_precision(device, args.amp) or 'float32').replace('torch.', '')
     config['device'] = device.type
     folder = Path(args.out, study, name)
-    folder.mkdir(parents=True, exist_ok=True)
+    if first():
+        folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / 'config.json', config)
     start_log(folder / 'log.txt')
     eps = f'eps={args.eps:.5f}' + (f' ({args.eps * 255:.2f}/255)' if args.norm == 'linf' else '')
@@ -298,12 +316,12 @@ def start_run(study, args):
 
 
 def start_log(path=None):
-    """Log to stdout and, if given, to a file."""
+    """Log to stdout and, if given, to a file; of many processes the first alone."""
     log.setLevel(logging.INFO)
     for handler in log.handlers:
         handler.close()
-    log.handlers = [logging.StreamHandler(sys.stdout)]
-    if path:
+    log.handlers = [logging.StreamHandler(sys.stdout) if first() else logging.NullHandler()]
+    if path and first():
         log.addHandler(logging.FileHandler(path))
 
 
@@ -325,7 +343,10 @@ def atomic(path):
 
 
 def write_json(path, obj):
-    """Write JSON atomically, with numpy and torch scalars and arrays as plain numbers."""
+    """Write JSON atomically, with numpy and torch scalars and arrays as plain numbers. Like
+    whatever writes, this does nothing in any process but the first."""
+    if not first():
+        return
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(obj, indent=1, default=lambda v: v.tolist()))
 
@@ -580,8 +601,9 @@ def load_data(name, root='data', *, trust=False, train_size=0, test_size=0, val_
         x, y, flip = None, torch.tensor(stream.targets), True
     else:
         _, _, usual_pad, flip = TORCHVISION[name]
-        (x, y, classes), (x_test, y_test, _) = (
-            _load_torchvision(name, root, split, trust) for split in ('train', 'test'))
+        with first_in():
+            (x, y, classes), (x_test, y_test, _) = (
+                _load_torchvision(name, root, split, trust) for split in ('train', 'test'))
     k = len(classes)
     order = _balanced_order(y, k, make_generator('split', name))
     val_size = val_size or min(1000, max(len(y) // 20, 1))
@@ -745,15 +767,20 @@ def train_batches(data, batch_size, generator, device):
     if data.stream:
         host = torch.Generator().manual_seed(
             int(torch.randint(2 ** 31, (1,), generator=generator, device=device)))
-        source = torch.utils.data.DataLoader(
-            data.stream, batch_size, shuffle=True, drop_last=True, generator=host,
-            num_workers=min(8, os.cpu_count() or 1), pin_memory=device.type == 'cuda')
+        sampler = torch.utils.data.RandomSampler(data.stream, generator=host)
+        batches = torch.utils.data.BatchSampler(sampler, batch_size, drop_last=True)
+        source = torch.utils.data.DataLoader(  # many processes decode a part each
+            data.stream, batch_sampler=(_own(i, row_counts(batch_size)) for i in batches),
+            generator=host, num_workers=min(8, os.cpu_count() or 1),
+            pin_memory=device.type == 'cuda')
     else:
         order = torch.randperm(n, generator=generator, device=device)
         source = ((data.train[0][i], data.train[1][i]) for i in
                   order[:n - n % batch_size].split(batch_size))
     for x, y in source:
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        if data.stream:
+            x, y = (_gather(v, row_counts(batch_size)) for v in (x, y))
         if data.pad or data.flip or x.shape[-1] != size:
             x = augment(x, 0 if data.stream else data.pad, data.flip, generator, size)
         yield to_float(x), y
@@ -980,7 +1007,8 @@ def make_model(arch, classes=10, shape=(3, 32, 32), seed=0, weights=None):
             raise UserError(f"unknown architecture '{arch}'; known: {', '.join(ARCHS)}")
     if weights == 'IMAGENET1K_V1':
         try:
-            model.model = torchvision.models.get_model(arch, weights=weights)
+            with first_in():
+                model.model = torchvision.models.get_model(arch, weights=weights)
         except Exception as error:
             raise UserError(f"torchvision's weights for {arch} are not to be had "
                             f'({_short(error)})')
@@ -1029,7 +1057,259 @@ def final_logits(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-# ------------------------------------------------------------------------------- 5. Attacks
+# ----------------------------------------------------------------------------- 5. Processes
+
+# `torchrun --nproc-per-node=8 train_at.py ...` runs every script in many processes, one a GPU.
+# All of them run the same program on the same data with the same random numbers; only inside
+# `spread` does each compute its rows of a batch, which are put together again before anything
+# depends on them. So losses, attacks, images dropped and decisions are those of one process,
+# whatever the loss function or attack does, and the first process writes and prints.
+#
+# DistributedDataParallel would hand each process a batch of its own: random starts, crops and
+# losses would then have to know of the others, batch norm on the CPU could not, and its reducer
+# wants to see each forward pass but not those of the attack. Gradients are summed after the
+# backward pass instead (`average_gradients`).
+
+_joined = {}  # size and store, once `join` has been called
+_alone = [False]
+
+
+def launched():
+    """Whether torchrun, or what sets the same variables, started several processes."""
+    names = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+    return all(n in os.environ for n in names) and int(os.environ['WORLD_SIZE']) > 1
+
+
+def rank():
+    """The number of this process: 0, 1, ..."""
+    return int(os.environ['RANK']) if launched() else 0
+
+
+def first():
+    """Whether this is the process that prints and writes."""
+    return rank() == 0
+
+
+def processes():
+    """How many processes share the work; 1 inside `agreed`."""
+    return 1 if _alone[0] else _joined.get('size', 1)
+
+
+def join(device):
+    """Meet the other processes: nccl on GPUs, gloo on CPUs."""
+    _joined['store'], place, size = next(dist.rendezvous('env://'))
+    if device.type == 'cuda':
+        local = int(os.environ.get('LOCAL_RANK', place))
+        if local >= torch.cuda.device_count():
+            raise UserError(f'more processes than the {torch.cuda.device_count()} GPUs here')
+        torch.cuda.set_device(local)
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', rank=place,
+                            store=_joined['store'], world_size=size,
+                            timeout=timedelta(hours=12))  # the others wait for a download
+    _joined['size'] = size
+
+
+def _failures(more):
+    """How many processes have failed, this call's included."""
+    return _joined['store'].add('failures', more) if 'store' in _joined else 0
+
+
+@contextlib.contextmanager
+def first_in():
+    """The first process goes through the block first: what it downloads, the others find."""
+    if processes() > 1 and not first():
+        dist.barrier()
+    yield
+    if processes() > 1 and first():
+        dist.barrier()
+
+
+def agreed(function):
+    """function() as called by the first process alone, the result or UserError in every one."""
+    if processes() == 1:
+        return function()
+    found = [None, None]
+    if first():
+        _alone[0] = True
+        try:
+            found[0] = function()
+        except UserError as error:
+            found[1] = error
+        finally:
+            _alone[0] = False
+    dist.broadcast_object_list(found)
+    if found[1]:
+        raise found[1]
+    return found[0]
+
+
+def row_counts(n):
+    """How many of n rows each process takes."""
+    size = processes()
+    return [n // size + (i < n % size) for i in range(size)]
+
+
+def _own(rows, counts):
+    start = sum(counts[:rank()]) if len(counts) > 1 else 0
+    return rows[start:start + counts[rank() if len(counts) > 1 else 0]]
+
+
+def _gather(t, counts):
+    """Every process's rows, in order: (counts[rank], ...) -> (sum of counts, ...). Images
+    (N, C, H, W) are channels_last afterwards. As bytes, because gloo knows few dtypes."""
+    if len(counts) == 1:
+        return t
+    image = t.dim() == 4
+    t = t.permute(0, 2, 3, 1) if image else t
+    padded = t.new_zeros(max(counts), *t.shape[1:])  # which all_gather needs
+    padded[:len(t)] = t
+    parts = [torch.empty_like(padded).view(-1).view(torch.uint8) for _ in counts]
+    dist.all_gather(parts, padded.view(-1).view(torch.uint8))
+    whole = torch.cat([part.view(t.dtype).view_as(padded)[:n] for part, n in zip(parts, counts)])
+    return whole.permute(0, 3, 1, 2) if image else whole
+
+
+# Inside the model gradients are `scale` times too large, so that the mean over the processes
+# is the gradient of the network's part of the loss, and also of terms, such as a penalty on
+# the weights, that every process computes in full.
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, counts, scale):
+        ctx.counts, ctx.scale = counts, scale
+        return _own(t, counts).clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return _gather(gradient / ctx.scale, ctx.counts), None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, counts, scale):
+        ctx.counts, ctx.scale = counts, scale
+        return _gather(t, counts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return _own(gradient, ctx.counts) * ctx.scale, None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t):
+        t = t.clone()
+        dist.all_reduce(t)
+        return t
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return _Sum.apply(gradient)
+
+
+def _each(function, value):
+    """function of every tensor in a tensor, tuple, list or dict."""
+    if isinstance(value, dict):
+        return {k: _each(function, v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_each(function, v) for v in value)
+    return function(value) if torch.is_tensor(value) else value
+
+
+@contextlib.contextmanager
+def spread(model):
+    """Inside, each process computes its rows of every batch given to `model`.
+
+    Of tensors (N, ...) among its arguments every process takes its rows, of its outputs it
+    gets those of all; gradients with respect to the arguments are whole, too. In train mode
+    batch norm uses the statistics of the whole batch and dropout draws for it. A batch of
+    fewer images than processes is computed by all of them, or refused in train mode. Does
+    nothing with one process, with a function that is no module, and inside itself.
+    """
+    if processes() == 1 or not isinstance(model, nn.Module) or hasattr(model, 'is_spread'):
+        yield
+        return
+    now = {}  # of the present call
+
+    def split(module, inputs, named):
+        n = len(inputs[0])
+        if n < processes() and module.training:
+            raise UserError(f'{processes()} processes cannot train on a batch of {n}')
+        now['counts'] = counts = row_counts(n) if n >= processes() else [n]
+        now['scale'] = scale = processes() if module.training else 1
+
+        def part(t):
+            return _Split.apply(t, counts, scale) if t.dim() and len(t) == n else t
+        return _each(part, inputs), _each(part, named)
+
+    def join(module, inputs, output):
+        return _each(lambda t: _Join.apply(t, now['counts'], now['scale']), output)
+
+    changed = {nn.modules.batchnorm._BatchNorm: _whole_batch_norm,
+               nn.Dropout: partial(_whole_dropout, now)}
+    modules = [(m, f) for m in model.modules() for kind, f in changed.items()
+               if isinstance(m, kind)]
+    hooks = [model.register_forward_pre_hook(split, with_kwargs=True),
+             model.register_forward_hook(join)]
+    for module, function in modules:
+        module.forward = partial(function, module)
+    model.is_spread = True
+    try:
+        yield
+    finally:
+        del model.is_spread
+        for module, _ in modules:
+            del module.forward
+        for hook in hooks:
+            hook.remove()
+
+
+def _whole_batch_norm(bn, x):
+    """bn(x), by the statistics of the batch of all processes where it uses a batch's."""
+    if not bn.training and bn.running_mean is not None:
+        return type(bn).forward(bn, x)
+    dims, shape = (0, *range(2, x.dim())), (-1, *[1] * (x.dim() - 2))
+    v = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    total = _Sum.apply(torch.cat((v.sum(dims), v.new_tensor([v.numel() / v.shape[1]]))))
+    n = total[-1]
+    mean = total[:-1] / n
+    centred = v - mean.view(shape)
+    variance = _Sum.apply(centred.square().sum(dims)) / n
+    if bn.training and bn.track_running_stats and bn.running_mean is not None:
+        bn.num_batches_tracked.add_(1)
+        share = bn.momentum if bn.momentum is not None else 1 / bn.num_batches_tracked.item()
+        with torch.no_grad():
+            bn.running_mean.lerp_(mean, share)
+            bn.running_var.lerp_(variance * n / (n - 1), share)
+    scale = torch.rsqrt(variance + bn.eps)
+    out = centred * (scale if bn.weight is None else scale * bn.weight).view(shape)
+    return (out if bn.bias is None else out + bn.bias.view(shape)).to(x.dtype)
+
+
+def _whole_dropout(now, module, x):
+    """module(x) with its rows of the noise that one process would draw for the batch."""
+    if not module.training or len(now['counts']) == 1:
+        return type(module).forward(module, x)
+    noise = F.dropout(x.new_ones(sum(now['counts']), *x.shape[1:]), module.p)
+    return x * _own(noise, now['counts'])
+
+
+def average_gradients(parameters):
+    """Mean over the processes of all gradients, in one message."""
+    if processes() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    flat /= processes()
+    for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        g.copy_(part.view_as(g))
+
+
+# ------------------------------------------------------------------------------- 6. Attacks
 
 # Losses of a model's output; of a model that returns more than its logits, they see those.
 
@@ -1147,7 +1427,7 @@ def pgd(model, x, y, *, eps, step_size, steps, norm='linf', loss='ce', start='ra
     if eps == 0:
         return x.clone()
     best, best_loss = x.clone(), torch.full((len(x),), -math.inf, device=x.device)
-    with frozen(model):
+    with frozen(model), spread(model):
         todo = torch.arange(len(x), device=x.device)
         if evaluate:
             todo = todo[predict(model, x) == y]
@@ -1210,7 +1490,7 @@ def apgd(model, x, y, *, eps, steps=100, norm='linf', loss='ce', restarts=1, tar
     """
     _check_eps(eps, norm)
     best, best_loss = x.clone(), torch.full((len(x),), -math.inf, device=x.device)
-    with frozen(model):
+    with frozen(model), spread(model):
         with torch.no_grad():
             logits = final_logits(model(x))
         todo = (logits.argmax(1) == y).nonzero()[:, 0]
@@ -1307,7 +1587,7 @@ def square(model, x, y, *, eps, queries=1000, p_init=0.8, generator=None):
     def signs(*shape):
         return torch.randint(2, shape, generator=generator, device=device) * 2.0 - 1
 
-    with frozen(model), torch.no_grad():
+    with frozen(model), spread(model), torch.no_grad():
         todo = (predict(model, x) == y).nonzero()[:, 0]
         best = x.clone()
         stripes = (x + eps * signs(n, c, 1, w)).clamp(0, 1)
@@ -1353,7 +1633,7 @@ def correct_under(model, x, y, attack=None, batch_size=250):
     """
     limits = getattr(attack, 'keywords', {})
     correct = []
-    with frozen(model):
+    with frozen(model), spread(model):
         for i in range(0, len(y), batch_size):
             a, b = x[i:i + batch_size], y[i:i + batch_size]
             a = to_float(a) if a.dtype == torch.uint8 else a
@@ -1384,7 +1664,7 @@ def masking_check(model, x, y, correct, *, eps, norm='linf', loss='margin', gene
     def rate(name):
         return correct[name].float().mean().item()
 
-    with frozen(model):
+    with frozen(model), spread(model):
         _, _, gradient = loss_and_gradient(model, x, y, cross_entropy)
         logits = final_logits(model(x)).detach()
         again = final_logits(model(x)).detach()
@@ -1431,7 +1711,7 @@ def eps_curve(model, x, y, *, eps, norm='linf', loss='margin', generator=None):
     return accuracy
 
 
-# ------------------------------------------------------------------------------ 6. Training
+# ------------------------------------------------------------------------------ 7. Training
 
 # Each method is a function (model, x, y, threat, generator) -> loss of one batch, where threat
 # is dict(eps, step_size, steps, norm). The attack runs in eval mode, the update in train mode.
@@ -1558,24 +1838,30 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     name = METHOD_NAMES.get(method, method)
     recipe = model_recipe(args, method, seed, extra)
     path = model_path(args.out, recipe)
-    path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_suffix('')  # of kept epochs
     beside = folder / 'training.pt'
-    if args.fresh:
-        path.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
     kept = {e: folder / f'epoch{e:04d}.pt' for e in keep}
 
     def lacks(saved):
         done = len(saved.get('history', ()))
         return not all(file.exists() for epoch, file in kept.items() if epoch <= done)
 
-    saved = _read_training(path, recipe)
-    if keep and saved and (lacks(saved) or beside.exists()):  # and leave what there is alone
-        path, saved = beside, _read_training(beside, recipe)
-        if lacks(saved) or not saved:
-            log.info('%s: training again, to keep the weights of its epochs', name)
-            saved = {}
+    def begin():
+        """(where to save, what was saved so far)."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if args.fresh:
+            path.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+        saved = _read_training(path, recipe)
+        if keep and saved and (lacks(saved) or beside.exists()):  # and leave that alone
+            saved = _read_training(beside, recipe)
+            if lacks(saved) or not saved:
+                log.info('%s: training again, to keep the weights of its epochs', name)
+                saved = {}
+            return beside, saved
+        return path, saved
+
+    path, saved = agreed(begin)
     if saved.get('finished'):
         log.info('%s: trained already (%s)', name, path)
         return warn_collapsed(saved | dict(kept=kept), name)
@@ -1608,7 +1894,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     threat = dict(eps=args.eps, step_size=args.step_size, steps=args.steps, norm=args.norm)
     started = time.perf_counter() - seconds
     bar = tqdm(total=args.epochs * per_epoch, initial=len(history) * per_epoch, leave=False,
-               desc=name, disable=not sys.stderr.isatty())
+               desc=name, disable=not (first() and sys.stderr.isatty()))
     for epoch in range(len(history), args.epochs):
         generator = make_generator('train', seed, epoch, device=device)
         # for dropout, which takes torch's own generator
@@ -1623,10 +1909,11 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
             for group in optimizer.param_groups:
                 group['lr'] = lr
             now = dict(threat, eps=share * args.eps, step_size=share * args.step_size)
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            with spread(model), torch.autocast(device.type, dtype, enabled=dtype is not None):
                 loss = loss_fn(model, x, y, now, generator)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
+            average_gradients(model.parameters())
             scaler.step(optimizer)
             scaler.update()
             if average:
@@ -1685,6 +1972,8 @@ def _read_training(path, recipe):
 
 def write_weights(path, obj):
     """torch.save, atomically. A full disk is an OSError, which torch.save makes a riddle."""
+    if not first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(obj, buffer)
@@ -1733,7 +2022,7 @@ def epoch_accuracy(model, data, args, loss='ce'):
         result |= dict(train_natural=math.nan, train_robust=math.nan)
     one_step = partial(fgsm, eps=args.eps, norm=args.norm, loss=loss)
     result['val_fgsm'] = correct_under(model, x_val, y_val, one_step).float().mean().item()
-    with frozen(model):
+    with frozen(model), spread(model):
         guesses = torch.cat([predict(model, to_float(x)) for x in x_val.split(250)])
     result['val_top_share'] = guesses.bincount().max().item() / len(guesses)
     return result
@@ -1746,11 +2035,11 @@ def restore(result, which, args, data, device, build=make_model):
     if isinstance(which, str):
         model.load_state_dict(result[which])
     else:
-        load_weights(model, result['kept'][which])
+        model.load_state_dict(agreed(lambda: read_checkpoint(result['kept'][which])))
     return model.eval()
 
 
-# ------------------------------------------------------------------------------- 7. Results
+# ------------------------------------------------------------------------------- 8. Results
 
 COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 METHOD_COLOURS = dict(zip(METHODS, COLOURS))
@@ -1763,6 +2052,10 @@ STYLE = {'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False,
 
 def load_results(folder, config, script, fresh=False):
     """What an earlier, same run measured; empty if the configuration or the code differ."""
+    return agreed(lambda: _load_results(folder, config, script, fresh))
+
+
+def _load_results(folder, config, script, fresh):
     path = Path(folder, 'results.json')
     code = short_hash([Path(f).read_text() for f in (script, __file__)])
     empty = dict(config=config, code=code)
@@ -1796,8 +2089,17 @@ def measure(results, key, function, folder):
     if key not in results:
         results[key] = function()
         write_json(Path(folder, 'results.json'), results)
-        results[key] = json.loads(json.dumps(results[key], default=lambda v: v.tolist()))
+        results[key] = agreed(
+            lambda: json.loads(json.dumps(results[key], default=lambda v: v.tolist())))
     return results[key]
+
+
+def finish(folder):
+    """The results of a finished study as its file has them. Only the first process returns:
+    tables, figures and claims are for one."""
+    if not first():
+        sys.exit()
+    return json.loads(Path(folder, 'results.json').read_text())
 
 
 def pack(array):
@@ -1835,6 +2137,8 @@ def eps_text(config):
 
 def write_metrics(path, rows):
     """metrics.csv: one row per epoch of every model."""
+    if not first():
+        return
     with atomic(path) as temporary, open(temporary, 'w', newline='') as file:
         writer = csv.DictWriter(file, list(rows[0]), extrasaction='ignore')
         writer.writeheader()
@@ -1888,6 +2192,8 @@ def masking_claim(name, runs):
 
 def write_claims(claims, folder):
     """Print the claims and write claims.md."""
+    if not first():
+        return
     head = ('claim', 'source', 'measured', 'reference', 'verdict')
     lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
     for row in claims:
@@ -1910,6 +2216,8 @@ def new_figure(rows=1, columns=1, width=7.0, height=3.0, **options):
 
 def save_figure(figure, folder, name):
     """<folder>/<name>.png and .pdf."""
+    if not first():
+        return
     with matplotlib.rc_context(STYLE):
         for suffix in ('.png', '.pdf'):
             with atomic(Path(folder, name + suffix)) as temporary:

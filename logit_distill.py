@@ -27,10 +27,8 @@ Not known  Only the paper's abstract was at hand when this was written. Its clai
 """
 import argparse
 import copy
-import json
 import math
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -520,7 +518,8 @@ def distil(args, data, lesson, student, epochs, seed, device):
         if name == 'LSQ':
             z = model(x).float()
             return F.cross_entropy(z, label) + weight * z.pow(2).sum(1).mean()
-        with torch.no_grad():  # teacher and student see the same view
+        with torch.no_grad(), common.spread(lesson['AT']), common.spread(lesson['STD']):
+            # teacher and student see the same view
             a, b = (None if k == 's' and name not in FROM_STD else
                     lesson[k][i] / temperature if lesson['fixed'] else
                     final_logits(lesson[net](x)).float() / temperature
@@ -812,7 +811,7 @@ def study(args):
             common.log.info('  %-34s natural %.3f  worst case %.3f, %.3f',
                             student_name(student), unpack(found['natural']).mean(),
                             *(unpack(v).mean() for v in found['worst']))
-    return folder, json.loads(Path(folder, 'results.json').read_text())
+    return folder, common.finish(folder)
 
 
 # ------------------------------------------------------------------------- reading results

@@ -18,11 +18,9 @@ Outputs    runs/mi_analysis/<dataset>-<arch>/: results.json, metrics.csv, claims
            fig6_distortion  fig7_distortion_layers  fig8_images  fig9_scale  fig10_nulls
            fig11_geometry   (each .png and .pdf)
 """
-import json
 import math
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -717,7 +715,7 @@ def study(args):
             common.measure(results, f'distortion-{name}', lambda: measure_distortions(
                 setting, model, levels, method, seed), folder)
     common.measure(results, 'images', lambda: example_images(setting, levels), folder)
-    return folder, json.loads(Path(folder, 'results.json').read_text())
+    return folder, common.finish(folder)
 
 
 def _brief(found):

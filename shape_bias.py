@@ -24,7 +24,6 @@ Outputs    runs/shape_bias/<dataset>-<arch>/: results.json, metrics.csv, claims.
 import argparse
 import hashlib
 import io
-import json
 import math
 import re
 from functools import partial
@@ -1111,7 +1110,7 @@ def study(args):
                                            for arm, m in models.items()})
             measure('reversed', lambda: measure_reversed(pair, shape[-1], args, device))
     common.measure(results, 'gallery', lambda: gallery(data, sets, stimuli), folder)
-    return folder, json.loads(Path(folder, 'results.json').read_text())
+    return folder, common.finish(folder)
 
 
 def beside(folder):

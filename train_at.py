@@ -12,9 +12,7 @@ Outputs    runs/train_at/<dataset>-<arch>/: results.json, metrics.csv, claims.md
            fig1_training  fig2_attacks  fig3_eps  fig4_perturbations  fig5_loss_surface
            fig6_gradients  fig7_classes   (each .png and .pdf)
 """
-import json
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -473,7 +471,7 @@ def study(args):
             if seed == args.seeds[0]:
                 models[method] = common.restore(trained, 'best', args, data, device)
     common.measure(results, 'gallery', lambda: gallery(args, data, models, device), folder)
-    return folder, json.loads(Path(folder, 'results.json').read_text())
+    return folder, common.finish(folder)
 
 
 if __name__ == '__main__':
