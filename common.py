@@ -1885,7 +1885,9 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
         log.info('%s: continuing after epoch %d', name, len(history))
     if 0 in kept and not saved:
         write_weights(kept[0], judged.state_dict())
-    if args.compile:
+    if args.compile and processes() > 1:  # splitting a batch breaks its graph
+        log.warning('--compile does nothing with several processes')
+    elif args.compile:
         model.compile()
 
     n = len(data.train[1])
