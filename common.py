@@ -1137,7 +1137,7 @@ def agreed(function):
             found[1] = error
         finally:
             _alone[0] = False
-    dist.broadcast_object_list(found)
+    dist.broadcast_object_list(found, src=0)
     if found[1]:
         raise found[1]
     return found[0]
