@@ -23,7 +23,8 @@ Outputs    runs/dimpled_manifold/<dataset>-<arch>/: results.json, metrics.csv, c
            fig12_causes  fig13_appearance  fig14_sizes   (each .png and .pdf)
 Not known  The paper's body was not at hand and there is no official code. The curve of the
            official 2D animation was digitised; networks, optimisers, latent sizes and all
-           tables are unknown. Thresholds are ours, those of V1-V5 set by that curve.
+           tables are unknown. Thresholds are ours, those of V1-V5 set by that curve. The paper
+           is said to split multi-step l2 PGD perturbations; ours are the shortest we find.
 """
 import contextlib
 import copy
@@ -68,7 +69,7 @@ DEFAULTS = {
 
 # The official 2D run, read off the 101 frames of the project page's animation (+-0.005): mean
 # distance of the five points to the boundary, tilt of the boundary to their line (degrees),
-# points on their right side; OFFICIAL_FIT: all five for good.
+# points on their right side; OFFICIAL_FIT: all five for good (ours: for the first time).
 OFFICIAL = dict(
     epoch=(-1, 10, 20, 25, 30, 40, 48, 60, 80, 99),
     distance=(.714, .324, .109, .060, .030, .024, .023, .026, .033, .039),
@@ -83,14 +84,14 @@ REPRODUCED = {'mnist': dict(on=3.15, off=1.08, null=7.00, k=16),
 GAINS = (1.0, 2.0, 4.0, 8.0)          # of all weights and biases: 1 is PyTorch's default
 LINE = (2, 100, 100, 1)
 CHESS = (3, 100, 100, 1)
-CHESS_GAINS = (2.0, 8.0)
+CHESS_GAINS = (2.0, 4.0)
 AT_EPS = (0.05, 0.1, 0.15)
 MOVES = (1.25, 2.0, 4.0)               # of the mirror argument, in heights of the boundary
 STRETCH = 10                           # "ten times the fit"
 
 # Networks on a known plane: n = 128, k = 8, one hidden layer of 200, Adam (our calibration).
 PLANE = dict(n=128, k=8, hidden=200, train=600, test=1000, attacked=60, steps=1500, batch=128,
-             lr=1e-3, cap=0.2, attack_steps=25)
+             lr=1e-3, cap=0.2, attack_steps=25, seeds=3)
 PLANE_GAINS = (6.0, 3.0, 1.0, 1 / 3, 0.1)
 PLANE_DECAYS, PLANE_NOISE = (0.0, 1e-4, 1e-3), (0.0, 0.03, 0.1, 0.3)
 PLANE_N = (16, 32, 64, 128, 256)
@@ -138,7 +139,7 @@ def chessboard(n=5):
 
 def points_problem(x, y, normal, half_gap, window):
     """Points (N, d) on a line or plane M with normal (d,), labels (N,) of +-1, half the distance
-    between neighbours, and the window in which boundaries are looked for."""
+    between neighbours, and the window in which boundaries are looked for; far: its diagonal."""
     x, normal = np.asarray(x, np.float32), np.asarray(normal, np.float32)
     grid = 61 if x.shape[1] == 2 else 21
     axes = [np.linspace(*window, grid, dtype=np.float32)] * x.shape[1]
@@ -149,7 +150,8 @@ def points_problem(x, y, normal, half_gap, window):
         base = np.stack([*np.meshgrid(u, u, indexing='ij'), np.full((17, 17), 0.5)], -1)
         base = base.reshape(-1, 3).astype(np.float32)
     return dict(x=torch.tensor(x), y=torch.tensor(np.asarray(y, np.float32)), normal=normal,
-                half_gap=half_gap, axes=axes, base=base)
+                half_gap=half_gap, axes=axes, base=base,
+                far=(window[1] - window[0]) * x.shape[1] ** 0.5)
 
 
 def init_nets(seeds, widths, gains, key='net', biases=True):
@@ -361,20 +363,17 @@ def probe(nets, problem, whole=True):
     return out
 
 
-def phases(steps, distance, half_gap, fit):
+def phases(steps, distance, half_gap, fit, far=math.inf):
     """How a run clings (V1), from any curve of mean distances: a dict.
 
-    steps, distance: (M,), as far as measured; fit: the step of the fit, all points right.
-    lowest: the smallest distance before it, over the initial one; cling: the step at which the
-    distance first falls to CLING_GAP x half_gap, interpolated linearly; inf if it does not.
-    A run without a boundary in the window at the start counts from its first finite distance.
+    steps, distance: (M,), inf where the window holds no boundary, which counts as `far`; fit:
+    the step of the fit, all points right. lowest: the smallest distance before it, over the
+    initial one; cling: the step at which the distance first falls to CLING_GAP x half_gap,
+    interpolated linearly; inf if it does not.
     """
     steps, distance = np.asarray(steps, float), np.asarray(distance, float)
-    finite = np.isfinite(distance)
-    steps, distance = steps[finite], distance[finite]
+    distance = np.where(np.isfinite(distance), distance, far)
     before = steps <= fit
-    if not before.any():
-        return dict(lowest=math.inf, cling=math.inf, passes=False)
     goal = CLING_GAP * half_gap
     below = np.nonzero(distance <= goal)[0]
     cling = math.inf
@@ -586,7 +585,8 @@ def principal_basis(x, k):
 
 
 def other_image(y, same, generator):
-    """For each image another one of the same class, or of another class: (N,) indices."""
+    """For each image another one of the same class, or of another class: (N,) indices; its own
+    where there is none."""
     out = torch.arange(len(y))
     for i in range(len(y)):
         fits = ((y == y[i]) == same).nonzero()[:, 0].cpu()
@@ -688,7 +688,8 @@ def smallest_perturbation(logits_of, x, y, projector=None, *, steps=40, cap=None
     nearest point of the linearised boundary, kept where it is nearer. Exact on a linear
     boundary. box: stay in [0, 1] (`into_box`); a small subspace that must stay in the box is
     left with few directions, so that norms of different subspaces compare without it.
-    Returns (delta (N, D), norm (N,), inf where no step changed the class; leak (N,)).
+    Returns (delta (N, D), norm (N,), inf where no step changed the class; leak (N,): the share
+    of delta outside the subspace).
     """
     n, dimension = x.shape
     cap = cap or 0.01 * dimension ** 0.5
@@ -698,8 +699,8 @@ def smallest_perturbation(logits_of, x, y, projector=None, *, steps=40, cap=None
 
     def feasible(v, rows):
         if not box:
-            return v, torch.zeros(len(v), device=x.device)
-        return into_box(v, x[rows], projector and (lambda some: projector(rows[some])))
+            return v
+        return into_box(v, x[rows], projector and (lambda some: projector(rows[some])))[0]
 
     def fooled(v, rows):
         if len(v) == 0:
@@ -711,23 +712,24 @@ def smallest_perturbation(logits_of, x, y, projector=None, *, steps=40, cap=None
         """Bisection along the ray to the shortest multiple that still fools."""
         low, high = torch.zeros(len(v), 1, device=x.device), torch.ones(len(v), 1, device=x.device)
         for _ in range(halvings if len(v) else 0):
-            middle_of = (low + high) / 2
-            hit = fooled(middle_of * v, rows)[:, None]
-            low, high = torch.where(hit, low, middle_of), torch.where(hit, middle_of, high)
+            half = (low + high) / 2
+            hit = fooled(half * v, rows)[:, None]
+            low, high = torch.where(hit, low, half), torch.where(hit, half, high)
         return high * v
 
     todo, delta = torch.arange(n, device=x.device), torch.zeros_like(x)
     project = projector and projector(todo)
     for _ in range(steps):
         value, gradient = margin_gradient(logits_of, x[todo] + delta, y[todo])
+        whole = gradient.norm(dim=1, keepdim=True)
         gradient = project(gradient) if project else gradient
         length = gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)
         move = (1.02 * -value[:, None] / length + 1e-5).clamp(max=cap)
-        delta, leak = feasible(delta + move * gradient / length, todo)
+        move = torch.where(length > 1e-5 * whole, move, 0.0)  # less is rounding, no direction
+        delta = feasible(delta + move * gradient / length, todo)
         hit = fooled(delta, todo)
         if hit.any():
-            best[todo[hit]], leaks[todo[hit]] = delta[hit], leak[hit]
-            norm[todo[hit]] = 0.0
+            best[todo[hit]], norm[todo[hit]] = delta[hit], 0.0
             todo, delta = todo[~hit], delta[~hit]
             project = projector and projector(todo)
         if len(todo) == 0:
@@ -743,12 +745,14 @@ def smallest_perturbation(logits_of, x, y, projector=None, *, steps=40, cap=None
         gradient = project(gradient) if project else gradient
         square = gradient.square().sum(1, keepdim=True).clamp(min=1e-24)
         nearest = (gradient * v).sum(1, keepdim=True) / square * gradient
-        other, leak = feasible(1.05 * (v + nearest) / 2, rows)
+        other = feasible(1.05 * (v + nearest) / 2, rows)
         hit = fooled(other, rows)
         nearer, at = shorten(other[hit], rows[hit]), rows[hit]
         better = nearer.norm(dim=1) < best[at].norm(dim=1)
-        best[at[better]], leaks[at[better]] = nearer[better], leak[hit][better]
+        best[at[better]] = nearer[better]
     norm[rows] = best[rows].norm(dim=1)
+    if project:
+        leaks[rows] = (best[rows] - project(best[rows])).norm(dim=1) / norm[rows].clamp(min=1e-12)
     return best, norm, leaks
 
 
@@ -769,14 +773,12 @@ def packed(found):
 
 
 def followed(nets, problem, args, marks=None, **options):
-    """Train, and probe at events and every second of the log-spaced steps (they cost more than the
-    training): (what to save, curve, events, last)."""
+    """Train, and probe at log-spaced steps and events: (what to save, curve, events, last)."""
     marks = log_marks(args.net_steps) if marks is None else marks
     curve, events, last = train_nets(nets, problem, args.net_steps, steady_rate(nets, problem),
                                      marks=marks, **options)
-    steps = list(curve)[::2]
-    probes = [probe(curve[step], problem, False) for step in steps]
-    out = dict(steps=steps)
+    probes = [probe(then, problem, False) for then in curve.values()]
+    out = dict(steps=list(curve))
     if probes:
         out['curve'] = packed({k: np.stack([p[k] for p in probes]) for k in probes[0]})
     for name, (steps, then) in events.items():
@@ -816,8 +818,8 @@ def study_line(args):
                     fit=int(fit[r[0]]), steps=list(curve), scores=pack(np.concatenate(
                         [field(pick(then, r), problem['axes']) for then in curve.values()]
                     ).astype(np.float16)))
-            out['mirror'] = mirror_argument(args, problem, pick(events['fit'][1], np.flatnonzero(
-                (each == gains[-1]) & (fit >= 0))), LINE, gains[-1])
+            out['mirror'] = mirror_argument(args, problem, pick(events['long'][1], np.flatnonzero(
+                (each == gains[-1]) & (events['long'][0] >= 0))), LINE, gains[-1])
     return out
 
 
@@ -829,19 +831,16 @@ def study_chess(args):
     seeds = list(range(args.replicas)) * len(arms)
     gains, eps = np.repeat(arms, args.replicas, 0).T
     nets = init_nets(seeds, CHESS, gains)
-    found, curve, events, last = followed(nets, problem, args, eps=torch.tensor(eps).float(),
-                                          stretch=10 ** 9)
+    found, _, _, last = followed(nets, problem, args, eps=torch.tensor(eps).float(),
+                                 stretch=10 ** 9)
     fit = np.array(found['fit']['steps'])
     common.log.info('  chessboard: %d of %d networks fit', (fit >= 0).sum(), len(fit))
     first = [i * args.replicas for i in range(len(arms))]
-    found |= dict(
-        gains=gains.tolist(), eps=eps.tolist(), seeds=seeds,
-        sheets=pack(heights(pick(last, first), problem['base'], problem['normal'])[0]
-                    .astype(np.float32)),
-        volume=pack(field(pick(last, first), chess_axes()).astype(np.float16)))
-    clean = np.flatnonzero((fit >= 0) & (eps == 0) & (gains == CHESS_GAINS[-1]))
-    found['mirror'] = mirror_argument(args, problem, pick(events['fit'][1], clean), CHESS,
-                                      CHESS_GAINS[-1])
+    found |= dict(gains=gains.tolist(), eps=eps.tolist(), seeds=seeds,
+                  volume=pack(field(pick(last, first), chess_axes()).astype(np.float16)))
+    right = (signed(last, problem['x']) * problem['y'] > 0).all(1).numpy()
+    clean = np.flatnonzero(right & (eps == 0) & (gains == CHESS_GAINS[-1]))
+    found['mirror'] = mirror_argument(args, problem, pick(last, clean), CHESS, CHESS_GAINS[-1])
     return found
 
 
@@ -855,7 +854,8 @@ REMEDIES = {'vanilla': (2.0, 0.0), 'smaller initialisation': (0.7, 0.0),
 
 
 def study_remedies(args):
-    """E10, E11: what Melamed et al. 2023 change, on their points; stopped at their margins."""
+    """E10, E11: what Melamed et al. 2023 change, on their points: initialisation and an l2 penalty.
+    All networks get as many steps; when they reach the margins at which theirs stop is kept."""
     out = {}
     for name, problem, widths, margin in (('diagonal', diagonal_points(), LINE, 0.3),
                                           ('chess', chessboard(), CHESS, 0.01)):
@@ -863,16 +863,11 @@ def study_remedies(args):
         gains, decays = (np.repeat([v[i] for v in REMEDIES.values()], args.replicas)
                          for i in (0, 1))
         nets = init_nets(seeds, widths, gains)
-        found, _, events, last = followed(
+        found, _, _, last = followed(
             nets, problem, args, margin=margin, stretch=10 ** 9,
             decay=torch.tensor(decays, dtype=torch.float32).view(-1, 1, 1))
         first = [i * args.replicas for i in range(len(REMEDIES))]
         found['field'] = pack(field(pick(last, first), problem['axes']).astype(np.float16))
-        found['margin_field'] = pack(
-            field(pick(events['margin'][1], first), problem['axes']).astype(np.float16))
-        if name == 'chess':
-            found['sheets'] = pack(heights(pick(last, first), problem['base'],
-                                           problem['normal'])[0].astype(np.float32))
         common.log.info('  remedies, %s: %d of %d networks reach margin %g', name,
                         (np.array(found['margin']['steps']) >= 0).sum(), len(seeds), margin)
         out[name] = found
@@ -883,8 +878,10 @@ def mirror_argument(args, problem, nets, widths, gain):
     """E9 on points: move every point to c times its boundary's height, with the other label;
     train fresh networks on those alone; how many unmoved points do they get right?
 
-    Control: the side of the displacement drawn at random. Networks without a boundary over
-    all points are left out. Returns {c or 'c random': accuracies (networks,)}.
+    Long after the fit, for at the first fit one point's height is next to 0. Control: the side
+    of the displacement drawn at random. Networks without a boundary over all points are left
+    out. Returns {c or 'c random': dict(accuracy, learned (networks,))}, learned: of what the
+    fresh network was trained on.
     """
     height, _ = heights(nets, problem['x'].numpy(), problem['normal'])
     height = height[np.isfinite(height).all(1)]
@@ -922,7 +919,8 @@ def plane_rows():
                  for s in PLANE_NOISE]
     for fixed in (False, True):
         name = 'n, fixed variance' if fixed else 'n, fan-in'
-        rows += [base | dict(sweep=name, value=n, n=n, fixed=fixed) for n in PLANE_N]
+        rows += [base | dict(sweep=name, value=n, n=n, fixed=fixed and n > min(PLANE_N))
+                 for n in PLANE_N]
     return rows
 
 
@@ -934,33 +932,37 @@ def teacher_data(seed):
     hidden = torch.randn(k, 16, generator=generator)
     out = torch.randn(16, 1, generator=generator)
     score = (torch.tanh(points @ hidden) @ out)[:, 0]
-    return points, (score > score.median()).long()
+    labels, n = (score > score.median()).long(), PLANE['train']
+    return points[:n], labels[:n], points[n:], labels[n:]
 
 
-def image_scores(data, k=16):
-    """The k first principal components of training and test images, scaled to a mean square of
-    one, with their classes: images projected on a plane that is known."""
+def image_scores(data):
+    """The first principal components of training images, scaled to a mean square of one, and the
+    test images in them, with their classes: images projected on a plane that is known."""
     x = common.to_float(data.train[0][:5000]).flatten(1)
     test = common.to_float(data.test[0][:PLANE['test']]).flatten(1)
-    basis, mean = principal_basis(x, k)[0], x.mean(0)
-    points = torch.cat([(x - mean) @ basis, (test - mean) @ basis]).cpu()
-    labels = torch.cat([data.train[1][:5000], data.test[1][:PLANE['test']]]).cpu()
-    return points / points.square().mean().sqrt(), labels
+    basis, mean = principal_basis(x, PLANE['k'])[0], x.mean(0)
+    points, scale = (x - mean) @ basis, ((x - mean) @ basis).square().mean().sqrt()
+    return tuple(v.cpu() for v in (points / scale, data.train[1][:5000],
+                                   (test - mean) @ basis / scale, data.test[1][:len(test)]))
 
 
-def study_causes(args, sources):
+def study_causes(sources):
     """V11: smallest perturbations on and off a plane in R^n that is known, for networks that
     differ in initialisation, weight decay, noise off the plane, or n; everything else equal.
 
-    sources: [(points (N, k), labels (N,))] of each seed, the last PLANE['test'] for testing.
-    Returns rows with accuracy (S,) and norms {'regular' | 'on' | 'off': (S, attacked)}.
+    sources: (training points (N, k), labels (N,), test points, labels) of each seed. Returns
+    rows with accuracy (S,) and norms {'regular' | 'on' | 'off': (S, attacked)}, of the same
+    test points everywhere, nan where one is misclassified.
     """
-    rows = [dict(row) for row in plane_rows()]
-    for n in sorted({row['n'] for row in rows}):
-        some = [row for row in rows if row['n'] == n]
-        for row, result in zip(some, train_on_plane(some, n, sources)):
-            row |= result
-    return rows
+    def setting(row):
+        return tuple(row[key] for key in ('n', 'gain', 'decay', 'noise', 'fixed'))
+
+    rows, found = plane_rows(), {}
+    for n in PLANE_N:  # sweeps share their starting points
+        some = list({setting(row): row for row in rows if row['n'] == n}.values())
+        found |= zip(map(setting, some), train_on_plane(some, n, sources))
+    return [row | found[setting(row)] for row in rows]
 
 
 def train_on_plane(rows, n, sources):
@@ -968,7 +970,6 @@ def train_on_plane(rows, n, sources):
     k, classes = sources[0][0].shape[1], int(sources[0][1].max()) + 1
     several, hidden = len(sources), PLANE['hidden']
     seeds = list(range(several)) * len(rows)
-    replicas = len(seeds)
 
     def each(key):
         return torch.tensor([row[key] for row in rows for _ in sources]).float().view(-1, 1, 1)
@@ -976,19 +977,18 @@ def train_on_plane(rows, n, sources):
     planes = torch.stack([torch.linalg.qr(torch.randn(
         n, k, generator=common.make_generator('plane basis', s, n)))[0] for s in range(several)])
     planes = planes.repeat(len(rows), 1, 1)
-    points = torch.stack([p for p, _ in sources]).repeat(len(rows), 1, 1)
-    labels = torch.stack([y for _, y in sources]).repeat(len(rows), 1)
-    train, test = slice(0, points.shape[1] - PLANE['test']), slice(-PLANE['test'], None)
-    nets = init_nets(seeds, (n, hidden, classes), each('gain').flatten().numpy(), key='plane')
+    points, labels, test, y = (torch.stack([source[i] for source in sources]).repeat(
+        len(rows), *([1] * (sources[0][i].dim()))) for i in range(4))
+    nets = init_nets(seeds, (n, hidden, classes), each('gain').flatten().numpy(), key='plane',
+                     biases=False)
     fixed = each('fixed').bool()
     nets[0] = torch.where(fixed, nets[0] * math.sqrt(n / min(PLANE_N)), nets[0])
     nets = [p.requires_grad_() for p in nets]
     optimizer = torch.optim.Adam(nets, PLANE['lr'])
     decay, noise = each('decay'), each('noise')
-    seen = points[:, train].shape[1]
-    generator = common.make_generator('plane training', n)
+    generator = common.make_generator('plane training')
     for _ in range(PLANE['steps']):
-        i = torch.randint(seen, (PLANE['batch'],), generator=generator)
+        i = torch.randint(points.shape[1], (PLANE['batch'],), generator=generator)
         x = points[:, i] @ planes.mT
         if noise.any():
             r = torch.randn(several, PLANE['batch'], n, generator=generator).repeat(
@@ -1002,29 +1002,19 @@ def train_on_plane(rows, n, sources):
             p.grad = g + decay * p.detach()
         optimizer.step()
     nets = [p.detach() for p in nets]
-    x, y = points[:, test] @ planes.mT, labels[:, test]
-    right = net_outputs(nets, x).argmax(2) == y
-    rank = right.float() - torch.arange(right.shape[1]) / right.shape[1]  # first right ones
-    chosen = rank.argsort(1, descending=True)[:, :PLANE['attacked']]
-    attacked = x.gather(1, chosen[..., None].expand(-1, -1, n)).flatten(0, 1)
-    owner = torch.arange(replicas).repeat_interleave(chosen.shape[1])
-    target = net_outputs(nets, x).argmax(2).gather(1, chosen).flatten()
-
-    norms = {}
-    for name in ('regular', 'on', 'off'):
-        found = []
-        for r in range(replicas):
-            rows_of = owner == r
-            plane = planes[r][None]
-            projector = None if name == 'regular' else projectors(plane)[name]
-            single = pick(nets, [r])
-
-            def score(v, single=single):
-                return net_outputs(single, v)[0]
-            found.append(smallest_perturbation(
-                score, attacked[rows_of], target[rows_of], projector, box=False,
-                cap=PLANE['cap'], steps=PLANE['attack_steps'])[1])
-        norms[name] = torch.stack(found).view(len(rows), several, -1)
+    x = test @ planes.mT
+    guess = net_outputs(nets, x).argmax(2)
+    right, few = guess == y, slice(0, PLANE['attacked'])
+    norms = {name: [] for name in ('regular', 'on', 'off')}
+    for r in range(len(seeds)):
+        def score(v, single=pick(nets, [r])):
+            return net_outputs(single, v)[0]
+        arms = {'regular': None} | projectors(planes[r][None])
+        for name in norms:
+            norm = smallest_perturbation(score, x[r, few], guess[r, few], arms[name],
+                                         cap=PLANE['cap'], steps=PLANE['attack_steps'])[1]
+            norms[name].append(torch.where(right[r, few], norm, math.nan))
+    norms = {name: torch.stack(v).view(len(rows), several, -1) for name, v in norms.items()}
     accuracy = right.float().mean(1).view(len(rows), several)
     return [dict(accuracy=accuracy[i].tolist(),
                  norms={k: pack(v[i].numpy()) for k, v in norms.items()})
@@ -1043,9 +1033,8 @@ def flat_model(model, shape):
     return lambda v: common.final_logits(model(v.view(-1, *shape)))
 
 
-def null_bases(basis, x, y, shape, principal, seed):
-    """The five nulls and one of another class, each of the tangents' dimension: {name: basis}.
-    basis: (N, D, k) of images x (N, D) of classes y."""
+def null_bases(basis, y, shape, principal, seed):
+    """The nulls of the tangents `basis` (N, D, k) of images of classes y: {name: basis}."""
     n, dimension, k = basis.shape
     live = (basis.square().sum(1, keepdim=True) > 0.5).float()  # as many as the tangent has
 
@@ -1054,8 +1043,10 @@ def null_bases(basis, x, y, shape, principal, seed):
 
     return {
         'random': random_basis(n, dimension, k, generator('random')) * live,
-        'same class': basis[other_image(y, True, generator('same', 'cpu'))],
-        'other class': basis[other_image(y, False, generator('other', 'cpu'))],
+        **{name: torch.where((i.to(y.device) == torch.arange(n, device=y.device))[:, None, None],
+                             math.nan, basis[i])  # nan: there is no other image
+           for name, i in (('same class', other_image(y, True, generator('same', 'cpu'))),
+                           ('other class', other_image(y, False, generator('other', 'cpu'))))},
         'phases shuffled': phase_shuffled(basis, shape, generator('phase')),
         'low-pass': low_pass_basis(basis, shape, generator('low')) * live,
         'principal': principal}
@@ -1095,7 +1086,13 @@ def measure_on(args, model, judge, autoencoder, x, labels, shape, basis, bases, 
     delta = found['regular'][0]
     rank = (basis.square().sum(1) > 0.5).sum(1)
     out = dict(right=own == labels, rank=rank, delta_energy=energy(delta, basis))
+    for name, part in (('P', onto(basis)(delta)), ('Q', off(basis)(delta))):
+        with torch.no_grad():
+            out[f'{name}d fools'] = score(x + 1.01 * part).argmax(1) != own
     out |= {f'norm {k}': v[1] for k, v in found.items()}
+    for name, other in bases.items():  # where a null is missing
+        out[f'norm {name}'] = torch.where(other.isnan().any(2).any(1), math.nan,
+                                          out[f'norm {name}'])
     out |= {f'boxed {k}': v[1] for k, v in boxed.items()}
     out |= {f'leak {k}': v[2] for k, v in boxed.items()}
     out |= {f'outside {k}': (x + v[0] - (x + v[0]).clamp(0, 1)).norm(dim=1)
@@ -1121,7 +1118,9 @@ def measure_on(args, model, judge, autoencoder, x, labels, shape, basis, bases, 
             out[f'content {name}'] = F.cosine_similarity(d, way, dim=1)
             loud = other((x + 4 * d).clamp(0, 1)).argmax(1)
             out[f'judged {name}'] = (opinion == labels) & (new != own) & (loud == new)
-            out[f'relabelled {name}'] = (opinion == labels) & (other(x + d).argmax(1) != labels)
+            out[f'relabelled {name}'] = torch.where(  # of images that both see as labelled
+                (opinion == labels) & (new != own),
+                (other(x + d).argmax(1) != labels).float(), math.nan)
     return out, found
 
 
@@ -1158,22 +1157,21 @@ def study_images(args, data, networks, judge, autoencoder, seed, device):
     principal = principal_basis(flat_train[:5000], k)
     out = {name: {} for name in networks}
     for start in range(0, len(images), CHUNK):
-        rows = slice(start, start + CHUNK)
+        rows = slice(start, min(start + CHUNK, len(images)))
         image, y = images[rows], labels[rows]
         x = image.flatten(1)
         with torch.no_grad():
             z = autoencoder.encode(image)
             exact = autoencoder.decode(z).flatten(1)
         basis = tangent_basis(autoencoder.decode, z)
-        bases = null_bases(basis, x, y, shape, principal, (seed, start))
-        sets = {'x': (x, basis, bases, means), 'exact': (exact, basis, {
-            'random': bases['random']}, None)}
+        bases = null_bases(basis, y, shape, principal, (seed, start))
+        few = ('random', 'phases shuffled', 'low-pass')
+        sets = {'x': (x, basis, bases, means),
+                'exact': (exact, basis, {name: bases[name] for name in few}, None)}
         if args.dataset == 'shapes':
             clean, true = on_manifold(args, data, autoencoder, rows)
-            random = random_basis(*true.shape, common.make_generator('true', seed, start,
-                                                                     device=device))
-            live = (true.square().sum(1, keepdim=True) > 0.5).float()
-            sets['rendered'] = (clean, true, {'random': random * live}, None)
+            bases = null_bases(true, y, shape, principal, (seed, start, 'true'))
+            sets['rendered'] = (clean, true, {name: bases[name] for name in few}, None)
         for name, model in networks.items():
             for kind, (points, tangent, nulls, content) in sets.items():
                 found, deltas = measure_on(
@@ -1202,7 +1200,8 @@ SHOWN = 2                              # images of each network
 def gallery(model, x, y, deltas, basis, shape):
     """Images and perturbations for figure 6, of classes far from each other."""
     classes = y.unique()
-    rows = torch.stack([(y == c).nonzero()[0, 0] for c in classes[::max(1, len(classes) // SHOWN)]])
+    classes = classes[::max(1, len(classes) // SHOWN)][:SHOWN]
+    rows = torch.stack([(y == c).nonzero()[0, 0] for c in classes])
     d = deltas['regular'][0][rows]
     shown = dict(regular=d, Pd=onto(basis[rows])(d), Qd=off(basis[rows])(d),
                  **{name: deltas[name][0][rows] for name in ('on', 'off', 'random')})
@@ -1233,6 +1232,7 @@ def study_dimension(args, data, networks, autoencoders, seed):
             part = basis[..., :k]
             random = random_basis(len(x), x.shape[1], k, common.make_generator(
                 'dimension', k, seed, device=x.device))
+            random = random * (part.square().sum(1, keepdim=True) > 0.5)
             for name, model in networks.items():
                 score = flat_model(model, shape)
                 with torch.no_grad():
@@ -1301,7 +1301,7 @@ def wrong_images(args, data, model, autoencoder, seed, device):
     x_all, y_all = data.train
     if args.wrong_images:
         x_all, y_all = x_all[:args.wrong_images], y_all[:args.wrong_images]
-    classes, shape = len(data.classes), data.shape
+    classes = len(data.classes)
     generator = common.make_generator('wrong', seed, device=device)
     targets = {'random': torch.randint(classes, y_all.shape, generator=generator, device=device),
                'shifted': (y_all + 1) % classes}
@@ -1334,7 +1334,8 @@ def wrong_images(args, data, model, autoencoder, seed, device):
 
 
 def study_labels(args, data, result, autoencoder, seed, device):
-    """E9, E13, E14, V10: networks that see only wrong labels. Returns {arm: dict(correct
+    """E9, E13, E14, V10: networks that see only labels that say nothing of the image, or the next
+    class (a tenth of the random ones are right by chance). Returns {arm: dict(correct
     (test images,) packed, shifted: as many towards the label + 1, fooled: share of training
     images that the first network takes for their label, images)}."""
     first = common.restore(result, 'best', args, data, device)
@@ -1343,24 +1344,33 @@ def study_labels(args, data, result, autoencoder, seed, device):
     sets['wrong, unperturbed'] = unperturbed(args, data, result, device)
     out = {}
     for name, (x, y, fooled) in sets.items():
-        own = copy.copy(args)
-        own.epochs = max(1, round(args.epochs * len(data.train[1]) / max(len(y), 1)))
+        if len(y) < 10 * len(data.classes):
+            common.log.info('  %-26s %5d images are too few', name, len(y))
+            continue
         extra = dict(arm=name, eps=args.wrong_eps, steps=args.wrong_steps, teacher=result['recipe'],
-                     images=len(y), latent=args.latent[0], ae_epochs=args.ae_epochs)
+                     images=len(y), latent=args.latent[0], ae_epochs=args.ae_epochs,
+                     autoencoder=args.seeds[0])
         trained = common.train_model(
-            own, replace(data, train=(x, y)), 'labels-' + name.replace(', ', '-').replace(
-                ' ', '-'), seed + 1000, device, loss_fn=common.standard_loss, extra=extra,
-            check_every=own.epochs)
-        model = common.restore(trained, 'last', own, data, device)
+            args, repeated(data, x, y), 'labels-' + name.replace(', ', '-').replace(' ', '-'),
+            seed + 1000, device, loss_fn=common.standard_loss, extra=extra,
+            check_every=args.epochs)
+        model = common.restore(trained, 'last', args, data, device)
         guess = torch.cat([common.predict(model, common.to_float(part))
                            for part in data.test[0].split(250)])
         out[name] = dict(correct=pack((guess == data.test[1]).to(torch.uint8)),
                          shifted=((guess == (data.test[1] + 1) % len(data.classes))
                                   .float().mean().item()),
-                         fooled=fooled, images=len(y), collapsed=trained['collapsed'])
+                         fooled=fooled, images=len(y))
         common.log.info('  %-26s %5d images, first network fooled by %.2f: %.3f right', name,
                         len(y), fooled, unpack(out[name]['correct']).mean())
     return out
+
+
+def repeated(data, x, y):
+    """The data with these training images, over and over until there are as many as before, so
+    that every training has the same steps."""
+    index = torch.arange(len(data.train[1]), device=y.device) % len(y)
+    return replace(data, train=(x[index], y[index]))
 
 
 def unperturbed(args, data, result, device, goal=0.625):
@@ -1383,7 +1393,7 @@ def on_manifold(args, data, autoencoder, rows):
     """Test images that lie on M exactly, and their tangents: (x (N, D), basis). For shapes the
     renderer's images without noise, for other data the reconstructions."""
     if args.dataset == 'shapes':
-        params = common.make_shapes(args.test_size, 'test', args.image_size)[1]['params']
+        params = common.make_shapes(len(data.test[1]), 'test', args.image_size)[1]['params']
         some = {key: v[rows] for key, v in params.items()}  # in the order of data.test
         basis = orthonormal(true_jacobian(some, args.image_size))[0]
         basis = basis[..., :int((basis.square().sum(1) > 0.5).sum(1).max())]
@@ -1403,14 +1413,11 @@ def study_sizes(args, data, autoencoder, seed, device):
     x, basis = on_manifold(args, data, autoencoder, rows)
     for share in args.sizes:
         n = max(len(data.classes), round(share * len(data.train[1])))
-        own = copy.copy(args)
-        own.batch_size = min(args.batch_size, n)
-        steps = args.epochs * (len(data.train[1]) // min(args.batch_size, len(data.train[1])))
-        own.epochs = max(1, round(steps / (n // own.batch_size)))
+        whole = n == len(data.train[1])
         trained = common.train_model(
-            own, replace(data, train=tuple(v[:n] for v in data.train)), 'standard', seed, device,
-            extra=dict(images=n), check_every=own.epochs) if n < len(data.train[1]) else \
-            common.train_model(args, data, 'standard', seed, device)
+            args, data if whole else repeated(data, *(v[:n] for v in data.train)), 'standard',
+            seed, device, extra=None if whole else dict(images=n),
+            check_every=1 if whole else args.epochs)
         model = common.restore(trained, 'last', args, data, device)
         error = 1 - common.correct_under(model, *data.test).float().mean().item()
         with common.frozen(model):
@@ -1464,8 +1471,8 @@ def study(args):
         measure('chess', lambda: study_chess(args))
         measure('remedies', lambda: study_remedies(args))
     measure('causes-plane', lambda: study_causes(
-        [teacher_data(seed) for seed in range(args.replicas)]))
-    measure('causes-images', lambda: study_causes([image_scores(data)]))
+        [teacher_data(seed) for seed in range(PLANE['seeds'])]))
+    measure('causes-images', lambda: study_causes([image_scores(data)] * PLANE['seeds']))
     rows, later = [], {'images', 'training', 'labels', 'sizes'} & set(args.parts)
     if not later:
         return folder, json.loads(Path(folder, 'results.json').read_text())
@@ -1496,7 +1503,6 @@ def study(args):
         for result in trained.values():
             rows += result['history']
         common.write_metrics(folder / 'metrics.csv', rows)
-        results[f'collapsed-s{seed}'] = [k for k, v in trained.items() if v['collapsed']]
         measure(f'training-s{seed}', lambda: watch_training(
             args, data, trained['standard'], main, device))
         measure(f'labels-s{seed}', lambda: study_labels(
@@ -1529,8 +1535,7 @@ def image_measure(results, network, kind, name):
 def ratio(a, b):
     """a / b of norms, where inf is a failed attack: FAR or 1 / FAR if one failed, 1 if both."""
     with np.errstate(invalid='ignore', divide='ignore'):
-        out = np.where(np.isinf(a) & np.isinf(b), 1.0, a / b)
-    return np.clip(np.nan_to_num(out, nan=1.0, posinf=FAR), 1 / FAR, FAR)
+        return np.clip(np.where(np.isinf(a) & np.isinf(b), 1.0, a / b), 1 / FAR, FAR)
 
 
 def right(results, network, kind):
@@ -1556,7 +1561,7 @@ def middle(values):
 
 
 def span(value, low, high, form='.2f'):
-    value, low, high = ('no attack' if v > FAR / 20 else f'{v:{form}}' for v in (value, low, high))
+    value, low, high = ('no attack' if v >= FAR else f'{v:{form}}' for v in (value, low, high))
     return f'{value} [{low}, {high}]'
 
 
@@ -1819,7 +1824,7 @@ def figure_remedies(results, folder):
         axis.set(title=title, ylabel='|g normal| / |g|' if key == 'perpendicular'
                  else 'half-gaps')
     fig.legend(*axes[1, 0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
-    fig.suptitle('Smaller initialisation and a penalty on the weights straighten the boundary '
+    fig.suptitle('Does a smaller initialisation, or a penalty on the weights, turn the boundary? '
                  '(equal steps)')
     common.save_figure(fig, folder, 'fig5_remedies')
 
@@ -1835,7 +1840,7 @@ def figure_gallery(results, folder):
     for n, name in enumerate(networks):
         show = found[name]['gallery']
         images = unpack(show['image']).astype(np.float32)
-        for j in range(SHOWN):
+        for j in range(len(images)):
             row = axes[SHOWN * n + j]
             shape = tuple(results['shape'])
             common.show_image(row[0], images[j].reshape(shape), 'image' if n + j == 0 else '')
@@ -1875,7 +1880,8 @@ def figure_norms(results, folder):
                           label='latent (curved)' if arm == 'latent' else arm,
                           lw=2 if arm in ('regular', 'on', 'off') else 1)
             k = np.median(image_measure(results, network, kind, 'rank'))
-            usual = np.nanmedian(norms(results, network, kind, 'regular'))
+            usual = norms(results, network, kind, 'regular')
+            usual = np.median(usual[np.isfinite(usual)]) if np.isfinite(usual).any() else 1.0
             axis.axvline(usual * math.sqrt(dimension(results) / k), color='0.6', ls='--', lw=1,
                          label='regular x sqrt(n / k)')
             axis.set(xscale='log', ylim=(0, 103), xlim=(usual / 12, usual * 80),
@@ -1903,6 +1909,7 @@ def figure_chance(results, folder):
     for i, (kind, basis) in enumerate(bases):
         for j, network in enumerate(('standard', 'pgd')):
             values = rho(results, network, kind, basis)[right(results, network, kind)]
+            values = values[~np.isnan(values)]
             box = axis.boxplot([values], positions=[i + 0.36 * j - 0.18], widths=0.3,
                                whis=(5, 95), showfliers=False, patch_artist=True)
             box['boxes'][0].set_facecolor(NET_COLOURS[network])
@@ -1971,7 +1978,8 @@ def figure_dimension(results, folder):
     ks = np.array(sorted({k for _, k in rows}))
     axes[0, 0].plot(ks, np.sqrt(n / ks), 'k--', lw=1, label='sqrt(n / k): counting dimensions')
     for axis, title, label in zip(axes[0], (
-            'Norm in T over regular norm\n(top: no attack found)', 'Norm in T over norm in a\nrandom subspace',
+            'Norm in T over regular norm\n(top: no attack found)',
+            'Norm in T over norm in a\nrandom subspace',
             "Energy of the gradient\nin T over k / n"), ('on / regular', 'on / random', 'rho')):
         axis.set(xscale='log', yscale='log', xlabel='dimension k', ylabel=label, title=title)
         axis.set_xticks(ks, [str(k) for k in ks])
@@ -2071,7 +2079,7 @@ def figure_causes(results, folder):
                 if (at == 0).any():
                     at = np.where(at == 0, at[at > 0].min() / 4, at)
                 for arm in ('regular', 'on', 'off'):
-                    values = np.array([np.median(n[arm]) for _, _, n in points])
+                    values = np.array([np.nanmedian(n[arm]) for _, _, n in points])
                     values = np.where(np.isfinite(values), values, np.nan)
                     axis.plot(at, values, style, ms=3.5, color=ARM_COLOURS[arm],
                               label=arm if style == '-o' else None)
@@ -2165,13 +2173,14 @@ def judge_claims(results, folder):
     return claims
 
 
-def share_verdict(passes):
-    """The verdict of networks that pass one by one: SEEDS_PASS of them, or as few."""
-    if len(passes) < 3:
-        return f'uninformative: {len(passes)} networks to judge by'
+def share_verdict(passes, of):
+    """The verdict of networks that pass one by one, of `of` that could have come so far:
+    SEEDS_PASS of them, or as few; none where too many of them did not."""
+    if len(passes) < max(3, SEEDS_PASS * of):
+        return f'uninformative: {len(passes)} of {of} networks came so far'
     share = np.mean(passes)
     return 'supported' if share >= SEEDS_PASS else \
-        'contradicted' if share <= 1 - SEEDS_PASS else 'inconclusive'
+        'contradicted' if 1 - share >= SEEDS_PASS else 'inconclusive'
 
 
 def counted(passes):
@@ -2189,25 +2198,32 @@ def line_claims(results, claims):
               for k in ('distance', 'graph', 'height', 'perpendicular')}
     depths = {k: depth(found[k], problem) for k in ('fit', 'long')}
     official = phases(OFFICIAL['epoch'], OFFICIAL['distance'], gap, OFFICIAL_FIT)
+    across = {k: unpack(v['perpendicular']).astype(float)
+              for k, v in (('start', found['curve']), ('long', found['long']))}
     for gain in (GAINS[0], GAINS[-1]):
         use = np.flatnonzero((gains == gain) & (fit >= 0))
-        text = f'gain {gain:g}' + (' (default)' if gain == 1 else '')
+        of, text = int((gains == gain).sum()), f'gain {gain:g}' + (
+            ' (default)' if gain == 1 else '')
+        if not len(use):
+            claims.append(claim(f'V1-V4; {text}', PAPER, f'none of {of} networks fits',
+                                'uninformative: no network fits'))
+            continue
         runs = []
         for r in use:
             before = steps < fit[r]
             runs.append(phases([*steps[before], fit[r]],
-                               [*curve[before, r], at_fit['distance'][r]], gap, fit[r]))
+                               [*curve[before, r], at_fit['distance'][r]], gap, fit[r],
+                               problem['far']))
         passes = [run['passes'] for run in runs]
-        lows, times = ([run[k] / scale for run, scale in zip(runs, scales)]
-                       for k, scales in (('lowest', np.ones(len(use))), ('cling', fit[use])))
-        if runs:
-            claims.append(claim(
-                f'V1 Clinging: before the first fit the boundary falls to {CLING_SHARE} of its '
-                f'distance and {CLING_GAP} half-gaps, by {CLING_TIME} of the time; {text}', PAPER,
-                f'{counted(passes)}; lowest share {np.median(lows):.2f}, time '
-                f'{np.median(times):.2f} (medians)', share_verdict(passes),
-                f"official animation: {official['lowest']:.2f}, "
-                f"{(official['cling'] + 1) / (OFFICIAL_FIT + 1):.2f}"))
+        lows, times = [run['lowest'] for run in runs], [run['cling'] / f
+                                                        for run, f in zip(runs, fit[use])]
+        claims.append(claim(
+            f'V1 Clinging: before the first fit the boundary falls to {CLING_SHARE} of its '
+            f'distance and {CLING_GAP} half-gaps, by {CLING_TIME} of the time; {text}', PAPER,
+            f'{counted(passes)}; lowest share {np.median(lows):.2f}, time '
+            f'{np.median(times):.2f} (medians)', share_verdict(passes, of),
+            f"official animation: {official['lowest']:.2f}, "
+            f"{(official['cling'] + 1) / (OFFICIAL_FIT + 1):.2f}"))
         h = at_fit['height'][use]
         shallow = (h > 0).all(1) & (np.abs(h).mean(1) <= SHALLOW * gap)
         passes = shallow & (at_fit['graph'][use] >= GRAPH)
@@ -2215,24 +2231,28 @@ def line_claims(results, claims):
             f'V2 Dimpling: at the fit the boundary is a sheet over {100 * GRAPH:.0f} % of the '
             f'line with bulges on the right side, at most {SHALLOW} half-gaps deep; {text}', PAPER,
             f"{counted(passes)}; a sheet over {100 * np.median(at_fit['graph'][use]):.0f} %, "
-            f"depth {np.median(depths['fit'][use]) / gap:.2f} half-gaps (medians)"
-            if len(use) else '-', share_verdict(passes), 'official animation: depth 0.33'))
+            f"depth {np.median(depths['fit'][use]) / gap:.2f} half-gaps (medians)",
+            share_verdict(passes, of), 'official animation: depth about 0.22, growing'))
         values = at_fit['perpendicular'][use]
+        late = across['long'][use][long[use] >= 0]
         claims.append(claim(
             f'V3 The gradient crosses the line at right angles at the fit: share {ACROSS}; {text}',
-            PAPER, f'{counted(values >= ACROSS)}; median {np.median(values):.2f}'
-            if len(use) else '-', share_verdict(values >= ACROSS)))
+            PAPER, f'{counted(values >= ACROSS)}; median {np.median(values):.2f}, untrained '
+            f"{np.median(across['start'][0, use]):.2f}, at {STRETCH} x the fit "
+            + (f'{np.median(late):.2f}' if len(late) else '-'),
+            share_verdict(values >= ACROSS, of)))
         use = np.flatnonzero((gains == gain) & (long >= 0))
         grows = depths['long'][use] / depths['fit'][use]
-        verdict = share_verdict(grows <= PERSISTS)
-        if verdict == 'contradicted' and share_verdict(grows >= GROWS) != 'supported':
+        verdict = share_verdict(grows <= PERSISTS, of)
+        if verdict == 'contradicted' and share_verdict(grows >= GROWS, of) != 'supported':
             verdict = 'inconclusive'
-        deep = len(use) and np.median(depths['fit'][use]) >= 2 * gap
+        if len(use) and np.median(depths['fit'][use]) >= 2 * gap:
+            verdict = 'uninformative: no dimples at the fit, the boundary cuts across'
         claims.append(claim(
             f'V4 Dimples stay shallow: depth at {STRETCH} x the fit over depth at the fit, at most '
             f'{PERSISTS}; {text}', PAPER,
             f'{counted(grows <= PERSISTS)}; median {np.median(grows):.2f}' if len(use) else '-',
-            'uninformative: no dimples at the fit, the boundary cuts across' if deep else verdict))
+            verdict))
     values = [np.median(at_fit['distance'][(gains == g) & (fit >= 0)]) / gap
               for g in GAINS if ((gains == g) & (fit >= 0)).any()]
     use = fit >= 0
@@ -2250,62 +2270,70 @@ def line_claims(results, claims):
 
 def mirror_claims(mirror, where, claims):
     """The toy version of V10."""
-    if not mirror['networks']:
-        claims.append(claim(f'V10 Mirror argument on the {where}', PAPER, '-',
-                            'uninformative: no network has a boundary over all points'))
+    names = [f'{c:g}{end}' for c in MOVES for end in ('', ' random')]
+    learned = np.all([np.array(mirror[n]['learned']) == 1 for n in names], 0) \
+        if mirror['networks'] else np.array([])
+    if learned.sum() < 3:
+        claims.append(claim(
+            f'V10 Mirror argument on the {where}', PAPER,
+            f"{mirror['networks']} networks with a boundary over all points, {learned.sum():.0f} "
+            'whose fresh networks fit', 'uninformative: too few networks'))
         return
-    rows = {c: np.array(mirror[f'{c:g}']['accuracy']) for c in MOVES}
-    control = np.array(mirror[f'{MOVES[-1]:g} random']['accuracy'])
-    value, low, high = bootstrap(np.mean, rows[MOVES[-1]])
+    rows = {n: np.array(mirror[n]['accuracy'])[learned] for n in names}
+    last = f'{MOVES[-1]:g}'
+    value, low, high = bootstrap(np.mean, rows[last])
     claims.append(claim(
-        f'V10 Mirror argument on the {where}: points moved to {MOVES[-1]:g} x the height of the '
+        f'V10 Mirror argument on the {where}: points moved to {last} x the height of the '
         'boundary, with flipped labels, teach the true labels of the unmoved points (above 50 %)',
         PAPER, f'{span(100 * value, 100 * low, 100 * high, ".0f")} %; at '
-        + ', '.join(f'{c:g}: {100 * rows[c].mean():.0f} %' for c in MOVES[:-1])
-        + f'; {mirror["networks"]} networks', effect_verdict(low, high, 0.5)))
-    value, low, high = bootstrap(np.mean, rows[MOVES[-1]] - control)
+        + ', '.join(f"{c:g}: {100 * rows[f'{c:g}'].mean():.0f} %" for c in MOVES[:-1])
+        + f'; {learned.sum()} networks', effect_verdict(low, high, 0.5)))
+    value, low, high = bootstrap(np.mean, rows[last] - rows[last + ' random'])
     claims.append(claim(f'The same, minus moving to a random side ({where})', 'control',
                         f'{span(100 * value, 100 * low, 100 * high, "+.0f")} points',
                         effect_verdict(low, high)))
 
 
 def chess_claims(results, claims):
-    """V5 and its control of equal loss."""
+    """V5 and its control of equal loss. Only pairs count in which both networks get all points
+    right; to pass, both boundaries must be sheets, or there are no dimples to compare."""
     problem, found = chessboard(), results['chess']
     gains, eps = np.array(found['gains']), np.array(found['eps'])
-    fit = np.array(found['fit']['steps'])
-    reach = 4 * problem['half_gap']
-    last = depth(found['last'], problem)
-    offsets = np.nan_to_num(unpack(found['last']['offset']), nan=reach, posinf=reach,
-                            neginf=-reach).clip(-reach, reach).mean(1)
-    losses = unpack(found['curve']['loss'])
-    curve = np.stack([depth({'offset': pack(v)}, problem)
-                      for v in unpack(found['curve']['offset'])])
+    last, reach = found['last'], 4 * problem['half_gap']
+    heights_of, graph = unpack(last['offset']).astype(float), unpack(last['graph'])
+    fits = unpack(last['correct']) == len(problem['x'])
+    deep, middle_height = depth(last, problem), np.clip(heights_of, -reach, reach).mean(1)
+    losses, curve = unpack(found['curve']['loss']), unpack(found['curve']['offset'])
     for gain in CHESS_GAINS:
-        clean = np.flatnonzero((gains == gain) & (eps == 0))
-        passes, ratios, same, texts = [], [], [], []
+        clean, same = np.flatnonzero((gains == gain) & (eps == 0)), {}
         for e in AT_EPS:
-            robust = np.flatnonzero((gains == gain) & (eps == np.float32(e)) | (gains == gain)
-                                    & (eps == e))
-            use = fit[clean] >= 0
-            deeper = last[robust] / last[clean]
-            shift = np.abs(offsets[robust] - offsets[clean]) <= SHIFT * last[robust]
-            passes += list(((deeper >= DEEPER) & shift)[use])
-            ratios += list(deeper[use])
-            texts.append(f'{e:g}: {np.median(deeper):.2f}')
-            for r, c in zip(robust[use], clean[use]):
-                near = np.abs(np.log(losses[:, c]) - np.log(losses[-1, r])).argmin()
-                same.append(last[r] / curve[near, c])
-        head = f'gain {gain:g}'
+            robust = np.flatnonzero((gains == gain) & (eps == e))
+            pairs = [(r, c) for r, c in zip(robust, clean) if fits[r] and fits[c]]
+            deeper = [deep[r] / deep[c] for r, c in pairs]
+            passes = [ratio_of >= DEEPER and min(graph[r], graph[c]) >= GRAPH
+                      and abs(middle_height[r] - middle_height[c]) <= SHIFT * deep[r]
+                      for ratio_of, (r, c) in zip(deeper, pairs)]
+            claims.append(claim(
+                f'V5 Adversarial training (l2, eps {e:g}) deepens the dimples ({DEEPER} x) without '
+                f'shifting the sheet, same initial weights and steps; gain {gain:g}',
+                PAPER + ', fig. 3', (f'{counted(passes)}; depth ratio {np.median(deeper):.2f}; '
+                                     if pairs else '')
+                + f'a sheet over {100 * np.median(graph[clean]):.0f} % clean, '
+                f'{100 * np.median(graph[robust]):.0f} % robust (medians of all)',
+                share_verdict(passes, len(clean))))
+            for i, (r, c) in enumerate(zip(robust, clean)):
+                near = np.abs(np.log(losses[:, c]) - np.log(unpack(last['loss'])[r])).argmin()
+                if fits[r] and np.isfinite(curve[near, c]).all():
+                    same.setdefault(i, []).append(math.log(
+                        deep[r] / np.abs(curve[near, c]).clip(max=reach).mean()))
+        values = np.exp([np.mean(v) for v in same.values()])
+        value, low, high = bootstrap(np.median, values) if len(values) else (math.nan,) * 3
         claims.append(claim(
-            f'V5 Adversarial training deepens the dimples ({DEEPER} x) without shifting the sheet, '
-            f'same initial weights and steps; {head}', PAPER + ', fig. 3',
-            f'{counted(passes)}; depth ratios at eps ' + ', '.join(texts), share_verdict(passes)))
-        value, low, high = bootstrap(np.median, np.array(same)) if same else (math.nan,) * 3
-        claims.append(claim(
-            f'The same against the clean network when it had the loss of the robust one, above 1; '
-            f'{head}', 'control', span(value, low, high) if same else '-',
-            effect_verdict(low, high, 1.0) if same else 'uninformative: no clean network fits'))
+            'V5 The same against the clean network when it had the loss of the robust one: depth '
+            f'ratio above 1; gain {gain:g}', 'control',
+            span(value, low, high) + f', {len(values)} seeds' if len(values) else '-',
+            effect_verdict(low, high, 1.0) if len(values) >= 3 else
+            f'uninformative: {len(values)} of {len(clean)} seeds with a sheet at that loss'))
     mirror_claims(found['mirror'], 'chessboard', claims)
 
 
@@ -2318,7 +2346,8 @@ def remedy_claims(results, claims):
                 value, low, high = bootstrap(np.mean, values[0] - values[i])
                 claims.append(claim(
                     f'Melamed: {name} turns the gradient into the manifold ({which}: share across '
-                    'it, vanilla minus this)', 'Melamed et al. 2023, abstract',
+                    f'it, vanilla, gain {REMEDIES["vanilla"][0]:g}, minus this)',
+                    'Melamed et al. 2023, abstract',
                     f'{span(value, low, high)}; vanilla {values[0].mean():.2f}',
                     effect_verdict(low, high)))
 
@@ -2340,14 +2369,18 @@ def image_claims(results, claims):
             chance = math.degrees(math.acos(math.sqrt(k / n)))
             angle = np.degrees(np.arccos(np.sqrt(image_measure(
                 results, network, kind, 'delta_energy').clip(0, 1))))
-            value, low, high = middle(np.where(use, angle, np.nan))
+            reached = {arm: np.isfinite(norms(results, network, kind, arm))
+                       for arm in ('regular', 'on', 'off')}
+            value, low, high = middle(np.where(use & reached['regular'], angle, np.nan))
             claims.append(claim(
                 f'V6a Perturbations are roughly perpendicular to T: median angle above {ANGLE:g} '
                 f'degrees; {head}', PAPER + ', abstract', span(value, low, high, '.1f'),
                 effect_verdict(low, high, ANGLE), f'a random subspace: {chance:.1f}'))
-            energies = image_measure(results, network, kind, 'energy on')[use]
-            drawn = chance_energy(rank[use], n, use.sum())
-            p = (1 + (drawn <= np.median(energies)).sum()) / (1 + len(drawn))
+            energies, p_values = image_measure(results, network, kind, 'energy on'), []
+            for u, e, r in zip(use, energies, rank):  # each seed has the same images
+                drawn = chance_energy(r[u], n, u.sum())
+                p_values.append((1 + (drawn <= np.median(e[u])).sum()) / (1 + len(drawn)))
+            p = max(p_values) if np.median(p_values) < 0.5 else min(p_values)
             value, low, high = middle(np.where(use, rho(results, network, kind), np.nan))
             claims.append(claim(
                 'V6b More perpendicular than a random subspace: energy of the gradient in T over '
@@ -2355,20 +2388,19 @@ def image_claims(results, claims):
                 + f', p = {p:.4f} of {len(drawn)} random draws',
                 'supported' if p < CHANCE_P and high < 1 else
                 'contradicted' if p > 1 - CHANCE_P and low > 1 else 'inconclusive'))
-            reached = {arm: np.isfinite(norms(results, network, kind, arm))[use].mean()
-                       for arm in ('regular', 'on', 'off')}
+            success = {arm: v[use].mean() for arm, v in reached.items()}
             value, low, high = middle(paired(results, network, kind, 'off'))
-            fewer = reached['off'] < OFF_SUCCESS * reached['regular']
+            fewer = success['off'] < OFF_SUCCESS * success['regular']
             claims.append(claim(
                 f'V7a Staying off T costs nothing: norm over the regular one below {OFF_FREE:g}; '
-                f'{head}', PAPER, f"{span(value, low, high)}, success {100 * reached['off']:.0f} %",
+                f'{head}', PAPER, f"{span(value, low, high)}, success {100 * success['off']:.0f} %",
                 'contradicted' if fewer else effect_verdict(-high, -low, -OFF_FREE),
                 f"counting {math.sqrt(n / (n - k)):.2f}" + (
                     f", Karner {reference['off']}" if reference and kind == 'x' else '')))
             value, low, high = middle(paired(results, network, kind, 'on'))
             claims.append(claim(
                 f'V7b Staying in T is dear: norm over the regular one above {ON_DEAR:g}; {head}',
-                PAPER, f"{span(value, low, high)}, success {100 * reached['on']:.0f} %",
+                PAPER, f"{span(value, low, high)}, success {100 * success['on']:.0f} %",
                 effect_verdict(low, high, ON_DEAR), f'counting {math.sqrt(n / k):.2f}' + (
                     f", Karner {reference['on']}" if reference and kind == 'x' else '')))
             first = results[f'images-s{seeds_of(results)[0]}'][network][kind]
@@ -2381,6 +2413,14 @@ def image_claims(results, claims):
                         effect_verdict(low, high, 1.0)))
     for network in ('standard', 'pgd'):
         use = right(results, network, 'x')
+        fools = [np.where(use, image_measure(results, network, 'x', f'{part}d fools'), np.nan)
+                 for part in 'QP']
+        value, low, high = bootstrap(lambda q, p: np.nanmean(q) - np.nanmean(p), *fools)
+        claims.append(claim(
+            'Of the shortest perturbation the part off T fools alone, the part in T does not '
+            f'(difference above 50 points); {NET_NAMES[network]}', PAPER + ', first experiment',
+            f'{span(100 * value, 100 * low, 100 * high, "+.0f")} points',
+            effect_verdict(low, high, 0.5)))
         away = image_measure(results, network, 'x', 'distance clean')
         value, low, high = middle(np.where(use, ratio(away, norms(results, network, 'x',
                                                                   'regular')), np.nan))
@@ -2424,15 +2464,14 @@ NULL_TEXT = {'random': 'a random subspace', 'same class': 'the tangents of anoth
 
 def dimension_claims(results, claims):
     for network in ('standard', 'pgd'):
-        rows = dimension_rows(results, network)
-        values = {key: np.median(ratio(f['on'], f['random'])[f['right'] > 0.5])
-                  for key, f in rows.items()}
-        text = ', '.join(f'{latent}/{k}: {_far(v)}' for (latent, k), v in sorted(values.items()))
-        above = [v > 1 for v in values.values()]
+        found = {key: middle(np.where(f['right'] > 0.5, ratio(f['on'], f['random']), np.nan))
+                 for key, f in sorted(dimension_rows(results, network).items())}
+        verdicts = {effect_verdict(low, high, 1.0) for _, low, high in found.values()}
         claims.append(claim(
             f'V7c at every k: norm in T over norm in a random subspace above 1; '
-            f'{NET_NAMES[network]}', 'beyond chance', f'latents/k: {text}',
-            'supported' if all(above) else 'contradicted' if not any(above) else 'inconclusive'))
+            f'{NET_NAMES[network]}', 'beyond chance', 'latents/k: ' + ', '.join(
+                f'{latent}/{k}: {span(*v)}' for (latent, k), v in found.items()),
+            verdicts.pop() if len(verdicts) == 1 else 'inconclusive'))
 
 
 def appearance_claims(results, claims):
@@ -2462,24 +2501,26 @@ def appearance_claims(results, claims):
             f'V9 Those in T show the new class: |cosine| with the difference of the class means, '
             f'{CONTENT:g} x that of regular ones; {head}', source, span(value, low, high),
             effect_verdict(low, high, CONTENT)))
-        flips = {arm: image_measure(results, network, 'x', f'judged {arm}')[use]
+        flips = {arm: np.where(use, image_measure(results, network, 'x', f'judged {arm}'), np.nan)
                  for arm in ('regular', 'on', 'low-pass')}
-        value, low, high = bootstrap(np.mean, flips['on'] - flips['regular'])
-        claims.append(claim(
-            f'V9 An independent network sees the same class in x + 4 d more often for d in T, by '
-            f'{100 * JUDGED:.0f} points; {head}', source,
-            f'{span(100 * value, 100 * low, 100 * high, "+.1f")} points',
-            effect_verdict(low, high, JUDGED)))
-        value, low, high = bootstrap(np.mean, flips['on'] - flips['low-pass'])
-        claims.append(claim(
-            f'V9 The same against low-pass directions, above 0; {head}', 'beyond chance',
-            f'{span(100 * value, 100 * low, 100 * high, "+.1f")} points',
-            effect_verdict(low, high)))
-        changed = image_measure(results, network, 'x', 'relabelled on')[use].mean()
-        claims.append(claim(
-            f'The attack in T leaves the true label alone: an independent network changes its mind '
-            f'on at most 10 %; {head}', 'control', f'{100 * changed:.1f} %',
-            'supported' if changed <= 0.1 else 'contradicted'))
+        for other, goal, kind in (('regular', JUDGED, source), ('low-pass', 0.0, 'beyond chance')):
+            value, low, high = bootstrap(lambda a, b: np.nanmean(a) - np.nanmean(b), flips['on'],
+                                         flips[other])
+            claims.append(claim(
+                f'V9 An independent network sees the same class in x + 4 d more often for d in T '
+                f'than for {other} d (each of its own length), by {100 * goal:.0f} points; {head}',
+                kind, f'{span(100 * value, 100 * low, 100 * high, "+.1f")} points',
+                effect_verdict(low, high, goal)))
+        changed = {arm: image_measure(results, network, 'x', f'relabelled {arm}')
+                   for arm in ('on', 'regular', 'low-pass')}
+        if np.isfinite(changed['on']).sum() >= 20:
+            value, low, high = bootstrap(np.nanmean, changed['on'])
+            claims.append(claim(
+                'The attack in T leaves the true label alone: an independent network changes its '
+                f'mind on at most 10 %; {head}', 'control',
+                f'{span(100 * value, 100 * low, 100 * high, ".1f")} %; regular '
+                f"{100 * np.nanmean(changed['regular']):.1f}, low-pass "
+                f"{100 * np.nanmean(changed['low-pass']):.1f}", effect_verdict(-high, -low, -0.1)))
 
 
 def training_claims(results, claims):
@@ -2487,13 +2528,14 @@ def training_claims(results, claims):
         values = watched(results, part, 'off')
         values = np.where(np.isfinite(values), values, FAR)
 
-        def dip(v):
-            curve = np.median(v, 2).mean(0) if v.ndim == 3 else np.median(v, 1)
-            inside = curve[1:-1].argmin() + 1
-            return curve[inside] / min(curve[0], curve[-1])
-        value, low, high = bootstrap(
-            lambda i: dip(values[:, :, i[0].astype(int)]),
-            np.arange(values.shape[2])[None].repeat(len(values), 0))
+        seeds, _, count = values.shape
+
+        def dip(codes, values=values, count=count):
+            some = values[np.ix_(codes[:, 0] // count, range(values.shape[1]), codes[0] % count)]
+            curve = np.median(some, 2).mean(0)
+            return curve[1:-1].min() / min(curve[0], curve[-1])
+
+        value, low, high = bootstrap(dip, np.arange(seeds * count).reshape(seeds, count))
         claims.append(claim(
             f'V8 Clinging: the distance off T dips in the middle of training, {100 * DIP:.0f} % '
             f'below its start and end; {part} images', PAPER, span(value, low, high)
@@ -2521,7 +2563,6 @@ def label_claims(results, claims):
             f'{100 * goal:.0f} % of clean test images right{cifar}', 'Ilyas et al. 2019; '
             + PAPER, f'{span(100 * value, 100 * low, 100 * high, ".1f")} %; the label + 1: '
             f'{shifted:.1f} %', effect_verdict(low, high, goal), reference))
-    base, _, _ = bootstrap(np.mean, rates['random'])
     learned = bootstrap(np.mean, rates['random'])[1] > chance + 0.02
 
     def kept(part):
@@ -2547,6 +2588,10 @@ def label_claims(results, claims):
         'points; ' + ', '.join(f'{100 * rates[o].mean():.1f}' for o in order) + ' %',
         effect_verdict(low, high)))
     arm = 'wrong, unperturbed'
+    if arm not in rates:
+        claims.append(claim('V10 Leakage suffices', 'control; Wallace 2019', '-', 'uninformative: '
+                            'no kept network errs on enough training images'))
+        return
     value, low, high = kept(arm)
     claims.append(claim(
         f'V10 Leakage suffices: unperturbed errors of an early network teach {100 * LEAK:.0f} % of '
@@ -2568,18 +2613,19 @@ def cause_claims(results, claims):
             first, last = points[0], points[-1]
             harms = sweep.startswith('n,')
 
-            def change(arm, i=None):
-                i = slice(None) if i is None else i
-                a, b = (np.median(np.where(np.isfinite(p[2][arm]), p[2][arm], FAR)[:, i], 1)
-                        for p in (first, last))
+            def change(arm, s=slice(None), i=slice(None), ends=(first, last)):
+                a, b = (np.nanmedian(np.minimum(p[2][arm], FAR)[s][:, i], 1) for p in ends)
                 return float(np.median(b / a))
 
-            count = first[2]['on'].shape[1]
+            seeds, count = first[2]['on'].shape
             rng = np.random.default_rng(0)
-            draws = np.array([[change(arm, i) for arm in ('off', 'on')] for i in
-                              rng.integers(count, size=(300, count))])
+            draws = np.array([[change(arm, s, i) for arm in ('off', 'on')] for s, i in
+                              ((rng.integers(seeds, size=seeds), rng.integers(count, size=count))
+                               for _ in range(300))])
             (off_low, on_low), (off_high, on_high) = np.percentile(draws, (2.5, 97.5), 0)
             moves, stays = change('off'), change('on')
+            order = [change('off', ends=pair) for pair in zip(points, points[1:])]
+            steady = max(order) <= 1.05 if harms else min(order) >= 0.95
             accuracy = last[1].mean() - first[1].mean()
             if harms:
                 goal = effect_verdict(-off_high, -off_low, -1 / OFF_PADDED)
@@ -2589,7 +2635,7 @@ def cause_claims(results, claims):
             still = 'supported' if on_low >= lower and on_high <= upper else \
                 'contradicted' if on_high < lower or on_low > upper else 'inconclusive'
             fair = harms or abs(accuracy) <= ACCURACY
-            verdict = 'supported' if goal == still == 'supported' and fair else \
+            verdict = 'supported' if goal == still == 'supported' and fair and steady else \
                 'contradicted' if 'contradicted' in (goal, still) else 'inconclusive'
             together = abs(moves / stays - 1) <= ON_STAYS
             claims.append(claim(
@@ -2599,6 +2645,7 @@ def cause_claims(results, claims):
                 PAPER + '; Melamed et al. 2023',
                 f'off x {_far(moves)} [{_far(off_low)}, {_far(off_high)}], on x '
                 f'{span(stays, on_low, on_high)}, accuracy {100 * accuracy:+.1f} points'
+                + ('' if steady else '; not monotone')
                 + ('; both move alike' if together else ''), verdict))
 
 
@@ -2609,6 +2656,8 @@ def _far(value):
 def size_claims(results, claims):
     images, error, success = size_rates(results)
     if len(images) < 4:
+        claims.append(claim('V12', 'Stutz et al. 2019', f'{len(images)} sizes',
+                            'uninformative: fewer than four sizes'))
         return
     on, regular = (spearmanr(error, success[arm]).statistic for arm in ('on', 'regular'))
     spread = error.max() - error.min()
@@ -2669,6 +2718,8 @@ def main(argv=None):
     args = common.parse(make_parser(), argv)
     if any(share > 1 for share in args.sizes):
         raise common.UserError('--sizes are shares of the training images, at most 1')
+    if args.checkpoints < 4:
+        raise common.UserError('--checkpoints must be 4 or more: a start, two between, an end')
     args.sizes, args.parts = sorted(args.sizes), [p for p in PARTS if p in args.parts]
     if len(set(args.latent)) < len(args.latent):
         raise common.UserError('--latent must differ from each other')
