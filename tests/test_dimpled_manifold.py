@@ -566,8 +566,9 @@ def test_the_study_runs_and_redraws(finished, tmp_path, capsys):
     film = (folder / 'fig1_evolution.gif').read_bytes()
     assert film[:3] == b'GIF' and film.count(b'\x21\xf9\x04') > 10  # so many frames
     claims = (folder / 'claims.md').read_text()
-    for v in range(1, 13):
-        assert f'V{v}' in claims, v
+    for v in (5, 6, 7, 8, 9, 10, 11, 12):  # V1-V4 are one row where no network fits
+        assert f'| V{v}' in claims, v
+    assert '| V1' in claims
     for old in folder.glob('fig*'):
         old.unlink()
     dm.main(['--plot-only', str(folder)])
