@@ -1825,8 +1825,9 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     method: a key of METHODS, or any name with a loss_fn of the same signature; build(arch,
     classes, shape, seed) -> model; extra: what else changes the weights, a JSON-able dict;
     val_loss: what the validation attack maximises, as in `pgd`; keep: epochs after which the
-    weights are kept in a folder beside the checkpoint (0: the initial ones), for `restore`. A
-    training that lacks some of them is done again, in that folder; labels: (N, ...), what
+    weights are kept in a folder beside the checkpoint (0: the initial ones; 0.25: a quarter into
+    the first epoch), for `restore`. A training that lacks some of them is done again, in that
+    folder; labels: (N, ...), what
     loss_fn gets of each training image as its y, by default data.train[1]; check_every: epochs
     between evaluations, the last epoch has one in any case.
     Epochs are evaluated on the validation split; `best` is the one of highest robust
@@ -1840,7 +1841,8 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     path = model_path(args.out, recipe)
     folder = path.with_suffix('')  # of kept epochs
     beside = folder / 'training.pt'
-    kept = {e: folder / f'epoch{e:04d}.pt' for e in keep}
+    kept = {e: folder / (f'epoch{e:04d}.pt' if e == int(e) else f'epoch{e:012.7f}.pt')
+            for e in keep}
 
     def lacks(saved):
         done = len(saved.get('history', ()))
@@ -1893,6 +1895,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     n = len(data.train[1])
     source = data if labels is None else replace(data, train=(data.train[0], labels))
     per_epoch = n // min(args.batch_size, n)
+    within = {round(e * per_epoch): file for e, file in kept.items() if e != int(e)}
     threat = dict(eps=args.eps, step_size=args.step_size, steps=args.steps, norm=args.norm)
     started = time.perf_counter() - seconds
     bar = tqdm(total=args.epochs * per_epoch, initial=len(history) * per_epoch, leave=False,
@@ -1920,6 +1923,8 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
             scaler.update()
             if average:
                 update_average(average, model, min(args.ema, (step + 1) / (step + 10)))
+            if step + 1 in within:
+                write_weights(within[step + 1], judged.state_dict())
             total += loss.detach()
             bar.update()
             if not bar.disable and step % 10 == 0:
