@@ -18,3 +18,18 @@ def real_data():
     if not REAL_DATA.is_dir():
         pytest.skip('no real data here')
     return REAL_DATA
+
+
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', help='run the long tests as well')
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: left out unless --slow is given')
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption('--slow'):
+        for item in items:
+            if 'slow' in item.keywords:
+                item.add_marker(pytest.mark.skip(reason='needs --slow'))

@@ -145,7 +145,8 @@ def alone(tmp_path_factory):
     return {n: train(tmp_path_factory.mktemp(n), **t) for n, t in TRAININGS.items()}
 
 
-@pytest.mark.parametrize('processes,names', ((2, ','.join(TRAININGS)), (3, 'net')))
+@pytest.mark.parametrize('processes,names', (
+    (2, ','.join(TRAININGS)), pytest.param(3, 'net', marks=pytest.mark.slow)))
 def test_processes_agree_with_one_and_with_each_other(tmp_path, alone, processes, names):
     worker = tmp_path / 'worker.py'
     worker.write_text(WORKER)
@@ -206,6 +207,7 @@ def test_a_mistake_is_one_line(tmp_path, flags, message):
     assert message in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('script,flags', (
     ('train_at.py', '--methods pgd --apgd-steps 2 --targets 1 --square-queries 3'),
     ('cifs.py', '--arms cifs --apgd-steps 2 --targets 1 --square-queries 2 '
