@@ -1860,8 +1860,8 @@ def figure_gallery(results, folder):
                 new = classes[show['predicted'][arm][j]]
                 axis.set_xlabel(f'norm {size:.2f}\n{new}' if size > 0 else 'no attack found',
                                 fontsize=7)
-    fig.suptitle('Shortest perturbations (each stretched to full range), their norms and what '
-                 'the network then sees')
+    fig.suptitle('Shortest perturbations (each stretched to full range), their norms, and what '
+                 'the network sees\nwhen the perturbed image is cut to [0, 1]')
     common.save_figure(fig, folder, 'fig6_gallery')
 
 

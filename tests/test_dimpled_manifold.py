@@ -2,6 +2,7 @@
 import json
 import math
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,6 +22,11 @@ TINY = ['--train-size', '200', '--test-size', '40', '--epochs', '1', '--steps', 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def fewer_draws(monkeypatch):
+    monkeypatch.setattr(dm, 'bootstrap', partial(common.bootstrap, draws=100))
 
 
 # ------------------------------------------------------------------------------- projectors
@@ -542,12 +548,12 @@ def test_a_missing_null_is_left_out():
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp('runs')
     small = dict(steps=10, attacked=4, test=40, hidden=10, seeds=2, attack_steps=6)
-    saved = dm.PLANE
-    dm.PLANE = dm.PLANE | small
+    saved = dm.PLANE, dm.bootstrap
+    dm.PLANE, dm.bootstrap = dm.PLANE | small, partial(common.bootstrap, draws=100)
     try:
         dm.main([*TINY, '--out', str(out)])
     finally:
-        dm.PLANE = saved
+        dm.PLANE, dm.bootstrap = saved
     folder = next((out / 'dimpled_manifold').iterdir())
     return folder, json.loads((folder / 'results.json').read_text()), out
 
