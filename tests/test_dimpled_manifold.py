@@ -869,4 +869,5 @@ def test_mnist_is_attacked_on_its_manifold(real_data, tmp_path):
     dm.main([*TINY, '--dataset', 'mnist', '--data-root', str(real_data), '--out', str(tmp_path),
              '--arch', 'lenet5', '--parts', 'images', '--train-size', '300'])
     folder = next((tmp_path / 'dimpled_manifold').iterdir())
-    assert 'Karner' in (folder / 'claims.md').read_text()
+    assert (folder / 'fig7_norms.png').exists()
+    assert '| V6' in (folder / 'claims.md').read_text()
