@@ -96,7 +96,8 @@ PLANE_GAINS = (6.0, 3.0, 1.0, 1 / 3, 0.1)
 PLANE_DECAYS, PLANE_NOISE = (0.0, 1e-4, 1e-3), (0.0, 0.03, 0.1, 0.3)
 PLANE_N = (16, 32, 64, 128, 256)
 
-# Thresholds of the verdicts, fixed before any run.
+# Thresholds of the verdicts, fixed before any run but for JUDGE_RIGHT, which came after the first
+# judge had collapsed unnoticed. What else a review changed in the verdicts: docs/results.
 CLING_SHARE, CLING_GAP, CLING_TIME = 0.15, 0.4, 0.6   # V1: of initial distance, half-gap, fit
 GRAPH, SHALLOW = 0.95, 0.5                            # V2: of grid points; of the half-gap
 ACROSS = 0.9                                          # V3: |g_normal| / |g|
@@ -900,7 +901,7 @@ def mirror_argument(args, problem, nets, widths, gain):
             moved = problem['x'].numpy() + move[..., None] * problem['normal']
             other = problem | dict(x=torch.tensor(moved, dtype=torch.float32), y=-problem['y'])
             fresh = init_nets(range(len(height)), widths, gain, key='mirror')
-            _, events, last = train_nets(fresh, other, args.net_steps, steady_rate(fresh, other),
+            _, _, last = train_nets(fresh, other, args.net_steps, steady_rate(fresh, other),
                                          stretch=1)
             right = (signed(last, problem['x']) * problem['y'] > 0).float().mean(1)
             learned = (signed(last, other['x']) * other['y'] > 0).float().mean(1)
