@@ -730,11 +730,15 @@ def test_verdicts_on_angles_and_norms(finished, tmp_path):
 
 
 def test_failed_attacks_off_the_manifold_contradict(finished, tmp_path):
-    failed = np.full(100, 0.3)
+    failed = np.full(100, 0.41)  # longer than any regular one
     failed[:10] = np.inf
     claims = dm.judge_claims(with_norms(finished[1], share=0.2 * 4 / 3072,
                                         **{'norm off': failed}), tmp_path)
     assert verdict(claims, 'V7a') == 'contradicted'
+    claims = dm.judge_claims(with_norms(finished[1], share=0.2 * 4 / 3072,
+                                        **{'norm on': np.full(100, 0.1)}), tmp_path)
+    assert verdict(claims, 'The unrestricted attack') == 'contradicted'  # the search failed
+    assert verdict(claims, 'V7a').startswith('uninformative')
     few = np.zeros(100)
     few[:5] = 1
     claims = dm.judge_claims(with_norms(finished[1], share=0.001, right=few), tmp_path)
