@@ -2763,13 +2763,7 @@ def main(argv=None):
     args.sizes, args.parts = sorted(args.sizes), [p for p in PARTS if p in args.parts]
     if len(set(args.latent)) < len(args.latent):
         raise common.UserError('--latent must differ from each other')
-    if args.plot_only:
-        folder, results = common.open_results(args.plot_only)
-        if 'config' not in results or not any(
-                has(results, {'causes': 'causes-plane'}.get(p, p)) for p in PARTS):
-            raise common.UserError(f'{folder} is no finished run of this study')
-    else:
-        folder, results = study(args)
+    folder, results = common.measured(args, study, 'dimpled_manifold')
     print_table(results)
     draw(results, folder)
     judge_claims(results, folder)

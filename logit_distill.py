@@ -545,26 +545,17 @@ def distil(args, data, lesson, student, epochs, seed, device):
         check_every=max(16, epochs // 4))
 
 
-def evaluation_attacks(args, eps, seed, device):
-    """{name: function (model, x, y) -> x_adv} at one radius."""
-    def generator(name):
-        return common.make_generator('evaluate', name, seed, device=device)
-
-    shared = dict(eps=eps, norm=args.norm)
-    attacks = {
-        'fgsm': partial(common.fgsm, **shared),
-        'pgd20': partial(common.pgd, **shared, steps=20, step_size=eps / 4, drop_fooled=True,
-                         generator=generator('pgd20')),
-        'margin': partial(common.pgd, **shared, steps=args.margin_steps, step_size=eps / 4,
-                          loss='margin', restarts=args.restarts, drop_fooled=True,
-                          generator=generator('margin')),
-        'apgd_ce': partial(common.apgd, **shared, steps=args.apgd_steps,
-                           generator=generator('apgd_ce')),
-        'apgd_t': partial(common.apgd, **shared, steps=args.apgd_steps, targets=args.targets,
-                          generator=generator('apgd_t'))}
-    if args.norm == 'linf':
-        attacks['square'] = partial(common.square, eps=eps, queries=args.square_queries,
-                                    generator=generator('square'))
+def attacks_on_student(args, eps, seed, device):
+    """`common.evaluation_attacks` at one radius, with PGD on the margin instead of PGD-100."""
+    attacks = {}
+    for name, attack in common.evaluation_attacks(args, seed, device, eps).items():
+        if name == 'pgd100':
+            name = 'margin'
+            attack = partial(common.pgd, eps=eps, norm=args.norm, steps=args.margin_steps,
+                             step_size=eps / 4, loss='margin', restarts=args.restarts,
+                             drop_fooled=True, generator=common.make_generator(
+                                 'evaluate', 'margin', seed, device=device))
+        attacks[name] = attack
     return attacks
 
 
@@ -582,7 +573,7 @@ def evaluate(args, data, model, lesson, seed, device, brief=False):
         black = torch.stack([common.correct_under(model, lesson['transfer'][k, radius], y)
                              for k in ('AT', 'STD')]).all(0)
         white = torch.ones_like(left)
-        for name, attack in evaluation_attacks(args, radius, seed, device).items():
+        for name, attack in attacks_on_student(args, radius, seed, device).items():
             every = name in EVERY and share == args.judged
             rows = torch.arange(len(y), device=device) if every else \
                 (left & white).nonzero()[:, 0]
@@ -1053,7 +1044,7 @@ def ranks(values):
 
 def rank_correlation(a, b):
     """Spearman's rho, the mean over rows."""
-    return float(np.mean([np.corrcoef(u, v)[0, 1] for u, v in zip(ranks(a), ranks(b))]))
+    return float(np.mean([common.rank_correlation(u, v) for u, v in zip(a, b)]))
 
 
 def figure_disagreement(results, folder):
@@ -1687,17 +1678,16 @@ def make_parser():
     add('--distil-epochs', type=common.count, metavar='N', help='the students see')
     add('--student-arch', choices=common.ARCHS, metavar='NAME', help="(the teacher's)")
     add('--teacher', choices=[m for m in common.METHODS if m != 'standard'], default='pgd',
-        help='how the AT teacher is trained (pgd)')
+        metavar='M', help='how the AT teacher is trained (pgd)')
     add('--teacher-wrong', choices=('keep', 'drop'), default='keep',
-        help='training images that the AT teacher gets wrong (keep)')
-    add('--judged', type=float, choices=RADII, help='radius of the claims, as a share of --eps')
+        metavar='X', help='training images that the AT teacher gets wrong (keep)')
+    add('--judged', type=float, choices=RADII, metavar='X',
+        help='radius of the claims, as a share of --eps')
     add('--logit-images', type=common.count, metavar='N', help='clean test images at most, for '
         'the statistics of logits')
-    add('--margin-steps', type=common.count, help='of PGD on the margin')
-    add('--restarts', type=common.count, help='of PGD on the margin')
-    add('--apgd-steps', type=common.count)
-    add('--targets', type=common.count, help='classes APGD-T aims at')
-    add('--square-queries', type=common.count)
+    add('--margin-steps', type=common.count, metavar='N', help='of PGD on the margin')
+    add('--restarts', type=common.count, metavar='N', help='of PGD on the margin')
+    common.add_attack_flags(parser)
     return parser
 
 
@@ -1707,14 +1697,7 @@ def main(argv=None):
         args.students = list(NAMES) + [s for s in args.students if '/' in s]
     if len(set(args.students)) < len(args.students):
         raise common.UserError('--students must differ from each other')
-    if args.plot_only:
-        folder, results = common.open_results(args.plot_only)
-        config = results.get('config', {})
-        if any(f"student-{m}-e{config.get('distil_epochs')}-s{seed}" not in results
-               for m in config.get('students', [None]) for seed in config.get('seeds', [0])):
-            raise common.UserError(f'{folder} is no finished run of this study')
-    else:
-        folder, results = study(args)
+    folder, results = common.measured(args, study, 'logit_distill')
     print_table(results)
     draw(results, folder)
     judge(results, folder)

@@ -2227,12 +2227,7 @@ def make_parser():
 
 def main(argv=None):
     args = common.parse(make_parser(), argv)
-    if args.plot_only:
-        folder, results = common.open_results(args.plot_only)
-        if not {'robust', 'cues', 'gallery'} <= set(results):
-            raise common.UserError(f'{folder} is no finished run of this study')
-    else:
-        folder, results = study(args)
+    folder, results = common.measured(args, study, 'shape_bias')
     print_table(results)
     draw(results, folder)
     judge(results, folder)
