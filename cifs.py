@@ -1047,7 +1047,7 @@ def judge(results, folder):
                 worst_mode(arms['cas'], 'correct_last'), ('cas', 'cifs'),
                 reference=reference('+2.2, each under its strongest PGD-100'))
     adaptive_claims(arms, add, reference)
-    ablation_claims(results, arms, add, claims)
+    ablation_claims(results, add, claims)
     if 'cifs' in arms:
         claims += masking_claims(results, arms['cifs'], reference)
     for arm, runs in arms.items():
@@ -1220,7 +1220,7 @@ def trainings_claims(results, compare, claims):
                             'uninformative: not run (--trainings pgd trades mart fat)'))
 
 
-def ablation_claims(results, arms, add, claims):
+def ablation_claims(results, add, claims):
     """V10 and V11: what CIFS is made of, on the worst mode of PGD-20 and PGD-100."""
     groups = results['ablations']
 

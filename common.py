@@ -1649,6 +1649,13 @@ def predict(model, x):
         return final_logits(model(x)).argmax(1)
 
 
+def logits_of(model, x, batch_size=250):
+    """Logits (N, K) in eval mode, without gradients. x: uint8 or float."""
+    with frozen(model), spread(model), torch.no_grad():
+        return torch.cat([final_logits(model(to_float(b) if b.dtype == torch.uint8 else b))
+                          for b in x.split(batch_size)])
+
+
 def correct_under(model, x, y, attack=None, batch_size=250):
     """Whether each image is still classified correctly after `attack(model, x, y)`: (N,) bool.
 
@@ -2185,6 +2192,11 @@ def unpack(packed):
     """The inverse of `pack`."""
     data = zlib.decompress(base64.b64decode(packed['zlib64']))
     return np.frombuffer(data, packed['dtype']).reshape(packed['shape']).copy()
+
+
+def seeds_of(results):
+    """The seeds of a study."""
+    return results['config']['seeds']
 
 
 def stack_correct(runs, name, which='correct'):
