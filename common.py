@@ -199,7 +199,6 @@ def make_parser(doc, defaults=None):
     lines = ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w)
                        for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
     usage = re.search(r'^Usage.*?(?=^\S|\Z)', doc, re.M | re.S)
-    usage = re.search(r'^Usage.*?(?=^\S|\Z)', doc, re.M | re.S)
     parser = _Parser(
         description=doc.split('\n')[0] + '\n' + (usage.group().rstrip() if usage else ''),
         epilog='\n'.join(lines), allow_abbrev=False)
