@@ -66,7 +66,7 @@ def test_pgd_reaches_the_closed_form_on_a_linear_model(n, norm):
         gain = common.margin(model(x_adv), y)
         optimum = common.margin(model(x + best), y)
         robust = optimum <= 0  # a fooled image may stop early
-        assert torch.allclose(gain[robust], optimum[robust], atol=2e-4)
+        assert torch.allclose(gain[robust], optimum[robust], atol=1e-3)
         assert ((gain > 0) == (optimum > 0)).all()
 
 

@@ -420,7 +420,7 @@ def test_holm():
 
 # ----------------------------------------------------------------------------------- the study
 
-TINY = ('--train-size', '200', '--epochs', '1', '--batch-size', '50', '--test-size', '40',
+TINY = ('--train-size', '100', '--epochs', '1', '--batch-size', '50', '--test-size', '20',
         '--amp', 'fp32', '--distil-epochs', '3', '--logit-images', '100', '--apgd-steps', '5',
         '--margin-steps', '5', '--square-queries', '5', '--targets', '1')
 SOME = ['M0', 'M0/mse', 'M0/again', *(n for n in ld.NAMES if n != 'M0')]

@@ -687,6 +687,7 @@ def test_small_effects_of_one_seed_are_inconclusive(finished, tmp_path):
     assert row['verdict'] == 'inconclusive' and '+3.7 points' in row['measured']
 
 
+@pytest.mark.slow
 def test_two_seeds_in_one_go(tmp_path, monkeypatch):
     """The second training starts after the first was measured."""
     for name, value in dict(CONFLICTS=90, PROBES=100, PAIRS=100, TOP=10,

@@ -252,6 +252,7 @@ common.train_model(args, data, 'pgd', 0, torch.device('cpu'))
 '''
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_equals_uninterrupted_bit_for_bit(tmp_path):
     script = tmp_path / 'run.py'
     script.write_text(RESUME.format(root=str(ROOT)))
