@@ -122,6 +122,8 @@ def number(text):
     """'8/255' or '0.031' -> float; anything else is refused."""
     try:
         value = float(Fraction(text)) if '/' in text else float(text)
+    except OverflowError:
+        value = math.inf
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f'{text!r} is not a number like 8/255 or 0.031')
     if not math.isfinite(value) or value < 0:
@@ -244,6 +246,8 @@ def parse(parser, argv=None):
             raise UserError(f"--{flag.replace('_', '-')} must lie in [0, 1)")
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError('--seeds must differ from each other')
+    if max(args.seeds) >= 2 ** 32:  # studies add to them, and torch takes 64 bits
+        raise UserError(f'--seeds must be below 2^32, not {max(args.seeds)}')
     if args.image_size and base not in ('shapes', 'folder'):
         raise UserError('--image-size goes with shapes and folder:PATH')
     args.image_size = args.image_size or dict(shapes=32, folder=224).get(base, 0)
@@ -653,23 +657,30 @@ def _load_torchvision(name, root, split, trust):
             data = cls(root, download=not present, **choose)
         x = torch.as_tensor(np.asarray(data.data))
         y = torch.as_tensor(np.asarray(getattr(data, 'targets', getattr(data, 'labels', None))))
-    except Exception as error:
+        classes = getattr(data, 'classes', range(10))
+        if len(y) != len(x) or y.min() < 0 or y.max() >= len(classes):
+            raise ValueError('the labels do not fit')
+    except BaseException as error:  # Ctrl-C, too
         if not present:
             if path.is_file():  # half a download would look present next time
                 path.unlink()
             shutil.rmtree(path, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
+        if not present:
             raise UserError(f'no {name} in {root} and the download failed ({_short(error)}); '
                             'give the folder that holds it with --data-root')
         if 'corrupted' in str(error) and not trust:
             raise UserError(f"the {name} files in {root} are incomplete or differ from "
                             "torchvision's checksums: --trust-data takes them as they are, "
                             "deleting them downloads them afresh")
-        raise UserError(f'the {name} files in {root} cannot be read ({_short(error)})')
+        why = 'some are missing' if 'not found' in str(error) else _short(error)
+        raise UserError(f'the {name} files in {root} cannot be read ({why}); deleting them '
+                        'downloads them afresh')
     if x.dim() == 3:
         x = x[:, None]
     elif x.shape[-1] == 3:
         x = x.permute(0, 3, 1, 2).contiguous()
-    classes = getattr(data, 'classes', range(10))
     return x, y.long(), [str(c).split(' - ')[-1] for c in classes]
 
 
@@ -688,7 +699,7 @@ def _open_folder(path, size, test_size):
         raise UserError(f'{path} needs the folders train/ and test/ (or val/), each with one '
                         'folder per class')
     try:
-        train, test = (torchvision.datasets.ImageFolder(p, read)
+        train, test = (torchvision.datasets.ImageFolder(p, read, loader=_read_image)
                        for p in (Path(path, 'train'), test))
     except FileNotFoundError as error:
         raise UserError(_short(error))
@@ -698,6 +709,13 @@ def _open_folder(path, size, test_size):
     keep = _balanced_order(y, len(test.classes), make_generator('test', path))
     keep = keep[:test_size or 1000].sort()[0]
     return train, _decode(test, keep), y[keep], tuple(train.classes)
+
+
+def _read_image(path):
+    try:
+        return torchvision.datasets.folder.default_loader(path)
+    except Exception as error:  # PIL's say neither which file nor that it is the file
+        raise UserError(f'{path} cannot be read ({_short(error)})')
 
 
 def _decode(dataset, indices):
@@ -769,10 +787,11 @@ def train_batches(data, batch_size, generator, device):
             int(torch.randint(2 ** 31, (1,), generator=generator, device=device)))
         sampler = torch.utils.data.RandomSampler(data.stream, generator=host)
         batches = torch.utils.data.BatchSampler(sampler, batch_size, drop_last=True)
-        source = torch.utils.data.DataLoader(  # many processes decode a part each
-            data.stream, batch_sampler=(_own(i, row_counts(batch_size)) for i in batches),
+        source = _without_traceback(torch.utils.data.DataLoader(
+            data.stream,  # many processes decode a part each
+            batch_sampler=(_own(i, row_counts(batch_size)) for i in batches),
             generator=host, num_workers=min(8, os.cpu_count() or 1),
-            pin_memory=device.type == 'cuda')
+            pin_memory=device.type == 'cuda'))
     else:
         order = torch.randperm(n, generator=generator, device=device)
         source = ((data.train[0][i], data.train[1][i]) for i in
@@ -784,6 +803,18 @@ def train_batches(data, batch_size, generator, device):
         if data.pad or data.flip or x.shape[-1] != size:
             x = augment(x, 0 if data.stream else data.pad, data.flip, generator, size)
         yield to_float(x), y
+
+
+def _without_traceback(loader):
+    """The loader's batches; a UserError of a worker as that worker raised it."""
+    try:
+        yield from loader
+    except UserError as error:  # its last line is 'common.UserError: what the worker said'
+        message = str(error).splitlines()[-1].partition(': ')[2]
+        error.__traceback__ = None  # holds the workers; they end now, not when the garbage goes
+    else:
+        return
+    raise UserError(message)
 
 
 # -------------------------------------------------------------------------------- 4. Models

@@ -1,0 +1,353 @@
+"""What goes wrong at users' places: mistakes, broken files, full disks, interruptions, two runs
+at once, masked gradients. One line and exit code 2, or a clean resume; nothing is lost."""
+import hashlib
+import importlib
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import common
+
+SCRIPTS = {name: importlib.import_module(name) for name in (
+    'train_at', 'mi_analysis', 'cifs', 'shape_bias', 'logit_distill', 'dimpled_manifold')}
+SMALL = ['--train-size', '40', '--test-size', '40', '--epochs', '1', '--batch-size', '20',
+         '--amp', 'fp32', '--out', 'runs']
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """Every test runs in an empty folder, without a network and without a GPU."""
+    def offline(*_, **__):
+        raise URLError('no network')
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('urllib.request.urlopen', offline)
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+
+
+def files(folder='.'):
+    """{path: contents} of all files below a folder."""
+    return {str(p): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+
+
+def refused(function, message, capsys):
+    """function() as a script's main: one line on stderr that matches, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        common.entry(function)
+    stderr = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert stderr.startswith('error: ') and stderr.count('\n') == 1, stderr
+    assert re.search(message, stderr), stderr
+
+
+# --------------------------------------------------------------------------------- bad input
+
+MISTAKES = (  # in every script
+    ('--dataset cifar', "unknown data set 'cifar'"),
+    ('--dataset folder', 'unknown data set'),
+    ('--dataset shapes:here', 'unknown data set'),
+    ('--dataset cifar10 --image-size 64', 'goes with shapes'),
+    ('--arch vgg', 'vgg'),
+    ('--norm l1', 'l1'),
+    ('--eps 8', 'did you mean 8/255'),
+    ('--eps 0', '0 is not allowed'),
+    ('--eps=-1/255', 'finite number'),
+    ('--eps nan', 'finite number'),
+    ('--eps inf', 'finite number'),
+    (f'--eps {10 ** 400}/1', 'finite number'),
+    ('--eps 8/0', 'not a number'),
+    ('--eps eight', 'not a number'),
+    ('--step-size 2', 'did you mean 2/255'),
+    ('--epochs 0', 'whole number'),
+    ('--epochs -1', 'whole number'),
+    ('--epochs 1.5', 'whole number'),
+    ('--batch-size 0', 'whole number'),
+    ('--train-size -1', 'whole number'),
+    ('--image-size 0', 'whole number'),
+    ('--lr 0', '0 is not allowed'),
+    ('--weight-decay nan', 'finite number'),
+    ('--schedule never', 'drops:0.6,0.8'),
+    ('--schedule drops:', 'drops:0.6,0.8'),
+    ('--ema 1', r'\[0, 1\)'),
+    ('--eps-warmup 1', r'\[0, 1\)'),
+    ('--seeds 1 1', 'differ'),
+    ('--seeds -1', 'whole number'),
+    (f'--seeds {2 ** 64}', '--seeds'),
+    ('--epoch 3', 'unrecognized'),
+    ('--device gpu', 'gpu'),
+    ('--device cuda', 'no CUDA device'),
+    ('--amp fp16', 'needs a CUDA device'),
+    ('--plot-only nowhere', 'nowhere'))
+OWN_MISTAKES = (
+    ('train_at', '--methods free', 'free'),
+    ('train_at', '--arch wrn-28-10 --image-size 16', '32 pixels'),
+    ('mi_analysis', '--arch alexnet --image-size 64', 'no layers are known for alexnet'),
+    ('mi_analysis', '--variance 0', '0 is not allowed'),
+    ('mi_analysis', '--measured -1', 'whole number'),
+    ('mi_analysis', '--test-size 10', '--test-size is too small'),
+    ('cifs', '--arch lenet5', 'no place in lenet5'),
+    ('cifs', '--arms best', 'best'),
+    ('cifs', '--trainings free', 'free'),
+    ('cifs', '--ablate everything', 'everything'),
+    ('cifs', '--topk 0', 'whole number'),
+    ('cifs', '--topk 11', 'a mask for 11 classes'),
+    ('cifs', '--test-size 5', 'without images'),
+    ('cifs', '--mask-sum -1', 'finite number'),
+    ('cifs', '--temperature 0', '0 is not allowed'),
+    ('shape_bias', '--robust-weights x.pt', 'needs --weights'),
+    ('shape_bias', '--weights nowhere.pt', 'no checkpoint'),
+    ('shape_bias', '--weights random --seeds 0 1', 'one network'),
+    ('shape_bias', '--stem 7', '--stem goes with'),
+    ('shape_bias', '--arch resnet18 --stem 4', 'must be odd'),
+    ('shape_bias', '--weights IMAGENET1K_V1', 'goes with alexnet'),
+    ('shape_bias', '--ladder 8', 'did you mean 8/255'),
+    ('shape_bias', '--ladder 0', '0 is not allowed'),
+    ('shape_bias', '--arch alexnet --weights random', 'needs --cue-conflict-dir'),
+    ('shape_bias', '--arch alexnet --weights random --cue-conflict-dir nowhere', 'no folder'),
+    ('shape_bias', '--cue-conflict-dir nowhere', 'fewer than two classes'),
+    ('shape_bias', '--probe-dir nowhere', 'needs images'),
+    ('logit_distill', '--students M20', 'none of all'),
+    ('logit_distill', '--students M0/T0', 'none of all'),
+    ('logit_distill', '--students M0 M0', 'must differ'),
+    ('logit_distill', '--students', 'expected at least one'),
+    ('logit_distill', '--judged 0.7', '0.7'),
+    ('logit_distill', '--teacher standard', 'standard'),
+    ('logit_distill', '--distil-epochs 0', 'whole number'),
+    ('logit_distill', '--student-arch lenet6', 'lenet6'),
+    ('dimpled_manifold', '--parts circle', 'circle'),
+    ('dimpled_manifold', '--latent 0', 'whole number'),
+    ('dimpled_manifold', '--latent 4 4', 'must differ'),
+    ('dimpled_manifold', '--sizes 2', 'at most 1'),
+    ('dimpled_manifold', '--checkpoints 3', '4 or more'),
+    ('dimpled_manifold', '--wrong-eps 0', '0 is not allowed'),
+    ('dimpled_manifold', '--replicas -1', 'whole number'))
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+@pytest.mark.parametrize('flags,message', MISTAKES)
+def test_mistakes_that_all_scripts_share(script, flags, message, capsys):
+    refused(partial(SCRIPTS[script].main, SMALL + flags.split()), message, capsys)
+    assert files() == {} and not Path('runs').exists()
+
+
+@pytest.mark.parametrize('script,flags,message', OWN_MISTAKES)
+def test_mistakes_of_one_script(script, flags, message, capsys):
+    refused(partial(SCRIPTS[script].main, SMALL + flags.split()), message, capsys)
+    assert {Path(p).name for p in files()} <= {'config.json', 'log.txt'}
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_data_that_are_not_there_or_too_few(script, capsys):
+    main = SCRIPTS[script].main
+    refused(partial(main, SMALL + ['--dataset', 'cifar10', '--data-root', 'nowhere']),
+            'no cifar10 in nowhere .* --data-root', capsys)
+    refused(partial(main, SMALL + ['--dataset', 'folder:nowhere']),
+            'train/ and test/|does not stream', capsys)
+    assert {Path(p).name for p in files()} <= {'config.json', 'log.txt'}
+    fake_data('cifar10')
+    refused(partial(main, SMALL + '--dataset cifar10 --trust-data --train-size 49'.split()),
+            '--train-size 49 .* 50', capsys)
+
+
+# -------------------------------------------------------------------------------------- data
+
+def fake_data(name, root='data'):
+    """A tiny data set of noise in torchvision's layout; its file of training images. 50 training
+    and 20 test images."""
+    rng = np.random.default_rng(0)
+    folder = Path(root, {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python',
+                         'svhn': '', 'stl10': 'stl10_binary', 'mnist': 'MNIST/raw'}[name])
+    folder.mkdir(parents=True)
+
+    def pixels(*shape):
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+
+    def put(file, content):
+        (folder / file).write_bytes(content)
+        return folder / file
+
+    if name.startswith('cifar'):
+        key, names = ('labels', 'label_names') if name == 'cifar10' else \
+            ('fine_labels', 'fine_label_names')
+        parts = {f'data_batch_{i}': 10 for i in range(1, 6)} | dict(test_batch=20) \
+            if name == 'cifar10' else dict(train=50, test=20)
+        for file, n in parts.items():
+            put(file, pickle.dumps({'data': pixels(n, 3072), key: [i % 10 for i in range(n)]}))
+        put('batches.meta' if name == 'cifar10' else 'meta',
+            pickle.dumps({names: [f'class {i}' for i in range(int(name[5:]))]}))
+        return folder / next(iter(parts))
+    if name == 'svhn':
+        for split, n in (('test', 20), ('train', 50)):
+            path = folder / f'{split}_32x32.mat'
+            scipy.io.savemat(path, dict(X=pixels(32, 32, 3, n), y=np.arange(n)[:, None] % 10 + 1))
+        return path
+    if name == 'stl10':
+        put('unlabeled_X.bin', b'')
+        put('class_names.txt', '\n'.join(f'class {i}' for i in range(10)).encode())
+        for split, n in (('test', 20), ('train', 50)):
+            put(f'{split}_y.bin', (np.arange(n) % 10 + 1).astype(np.uint8).tobytes())
+            path = put(f'{split}_X.bin', pixels(n, 3, 96, 96).tobytes())
+        return path
+    for split, n in (('t10k', 20), ('train', 50)):
+        put(f'{split}-labels-idx1-ubyte', struct.pack('>II', 0x801, n) + bytes(
+            i % 10 for i in range(n)))
+        path = put(f'{split}-images-idx3-ubyte', struct.pack('>IIII', 0x803, n, 28, 28)
+                   + pixels(n, 28, 28).tobytes())
+    return path
+
+
+@pytest.fixture
+def genuine(monkeypatch):
+    """A function that makes torchvision take the files of a data set for the original ones."""
+    def mark(name, folder):
+        cls = common.TORCHVISION[name][0]
+
+        def md5(file):
+            return hashlib.md5(Path(folder, file).read_bytes()).hexdigest()
+
+        for attribute in ('train_list', 'test_list'):
+            if hasattr(cls, attribute):
+                monkeypatch.setattr(cls, attribute, [[f, md5(f)] for f, _ in getattr(
+                    cls, attribute)])
+        if hasattr(cls, 'meta'):
+            monkeypatch.setattr(cls, 'meta', dict(cls.meta, md5=md5(cls.meta['filename'])))
+        if hasattr(cls, 'split_list'):
+            monkeypatch.setattr(cls, 'split_list', {
+                k: [url, f, md5(f) if Path(folder, f).exists() else '']
+                for k, (url, f, _) in cls.split_list.items()})
+    return mark
+
+
+def damage(path, how):
+    """Break a file, or replace it, in one of the usual ways."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.unlink()
+    if how != 'gone':
+        path.write_bytes({
+            'truncated': content[:middle], 'empty': b'',
+            'altered': content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1:],
+            'html': b'<!DOCTYPE html><html>Quota exceeded</html>'}[how])
+
+
+@pytest.mark.parametrize('name', ('cifar10', 'cifar100', 'svhn', 'stl10', 'mnist'))
+@pytest.mark.parametrize('how', ('gone', 'truncated', 'empty', 'altered', 'html'))
+def test_damaged_data_files(name, how, genuine, capsys):
+    path = fake_data(name)
+    genuine(name, path.parent)
+    assert len(common.load_data(name, val_size=10).train[1]) == 40
+    damage(path, how)
+    before = files()
+    load = partial(common.load_data, name, val_size=10)
+    if how == 'gone' and name == 'svhn':  # its files are fetched one by one
+        refused(load, 'no svhn in data .* --data-root', capsys)
+    elif name != 'mnist':
+        refused(load, '--trust-data .* deleting them', capsys)
+    if how == 'altered':  # the unpacked files of MNIST have no checksums
+        assert len(load(trust=True).train[1]) == 40
+        assert name != 'mnist' or len(load().train[1]) == 40
+    else:
+        refused(partial(load, trust=name != 'mnist'), 'no svhn|delet', capsys)
+    assert files() == before
+
+
+@pytest.mark.parametrize('labels', ([0, 1, 2], [10] * 20, [-1] * 20))
+def test_labels_that_are_none(labels, capsys):
+    fake_data('cifar10')
+    Path('data/cifar-10-batches-py/test_batch').write_bytes(pickle.dumps(
+        dict(data=np.zeros((20, 3072), np.uint8), labels=labels)))
+    refused(partial(common.load_data, 'cifar10', trust=True), 'cifar10 files in data', capsys)
+
+
+class Evil:
+    """Unpickling it would create a file."""
+
+    def __reduce__(self):
+        return open, ('created', 'w')
+
+
+def test_data_with_other_checksums_run_no_code(genuine, capsys):
+    path = fake_data('cifar10')
+    genuine('cifar10', path.parent)
+    for file in path.parent.iterdir():
+        content = file.read_bytes()
+        file.write_bytes(pickle.dumps(Evil()))
+        refused(partial(common.load_data, 'cifar10'), 'cifar10 files in data', capsys)
+        assert not Path('created').exists()
+        file.write_bytes(content)
+
+
+def test_a_download_that_is_interrupted_starts_again(monkeypatch):
+    """Half the files must not pass for all of them."""
+    def half(self):
+        Path(self.root, 'cifar-10-batches-py').mkdir(parents=True)
+        Path(self.root, 'cifar-10-batches-py/data_batch_1').write_bytes(b'x')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.TORCHVISION['cifar10'][0], 'download', half)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            common.load_data('cifar10', 'data')
+        assert files() == {}
+
+
+def image_folder(classes=('cat', 'dog')):
+    """data/{train,test}/<class>/<n>.png of noise."""
+    rng = np.random.default_rng(0)
+    for split in ('train', 'test'):
+        for c in classes:
+            Path('data', split, c).mkdir(parents=True)
+            for i in range(6):
+                Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
+                    f'data/{split}/{c}/{i}.png')
+
+
+@pytest.mark.parametrize('how', ('truncated', 'empty', 'html'))
+@pytest.mark.parametrize('split', ('train', 'test'))
+def test_damaged_images_of_a_folder_are_named(split, how, capsys):
+    def epoch():
+        data = common.load_data('folder:data', image_size=32)
+        list(common.train_batches(data, 11, common.make_generator('x'), torch.device('cpu')))
+
+    image_folder()
+    epoch()
+    damage(Path(f'data/{split}/dog/3.png'), how)
+    refused(epoch, f'data/{split}/dog/3.png', capsys)
+
+
+def test_a_damaged_image_seen_from_the_shell():
+    """The real thing, with the worst way for an error to take: out of a worker process."""
+    image_folder()
+    damage(Path('data/train/dog/3.png'), 'html')
+    run = subprocess.run(
+        [sys.executable, ROOT / 'train_at.py', '--dataset', 'folder:data', '--arch', 'small-cnn',
+         '--image-size', '32', '--epochs', '1', '--batch-size', '11', '--methods', 'standard'],
+        capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert run.returncode == 2
+    assert run.stderr.startswith('error: data/train/dog/3.png cannot be read')
+    assert run.stderr.count('\n') == 1, run.stderr
+
+
+def test_folders_that_hold_other_things(capsys):
+    load = partial(common.load_data, 'folder:data', image_size=32)
+    image_folder()
+    Path('data/train/bird').mkdir()
+    refused(load, 'bird', capsys)  # a class without images
+    Path('data/train/bird').rmdir()
+    Path('data/test/dog').rename('data/test/wolf')
+    refused(load, 'different classes', capsys)
