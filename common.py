@@ -27,6 +27,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -321,12 +322,18 @@ def start_run(study, args):
 
 def start_log(path=None):
     """Log to stdout and, if given, to a file; of many processes the first alone."""
+    def fail(record):  # instead of a traceback for every line and going on
+        raise
+
     log.setLevel(logging.INFO)
     for handler in log.handlers:
-        handler.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take
+            handler.close()
     log.handlers = [logging.StreamHandler(sys.stdout) if first() else logging.NullHandler()]
     if path and first():
         log.addHandler(logging.FileHandler(path))
+    for handler in log.handlers:
+        handler.handleError = fail
 
 
 def short_hash(obj):
@@ -1055,8 +1062,10 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f'no checkpoint at {path}')
     except Exception as error:
-        raise UserError(f'{path} is not a readable checkpoint ({_short(error)}); delete it, or '
-                        'save a plain state_dict')
+        why = 'it holds no weights, or more than weights' \
+            if isinstance(error, pickle.UnpicklingError) else _short(error)
+        raise UserError(f'{path} is not a readable checkpoint ({why}); delete it, or save a '
+                        'plain state_dict')
 
 
 def load_weights(model, path):
@@ -1069,6 +1078,7 @@ def load_weights(model, path):
             break
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise UserError(f'{path} holds no state_dict')
+    state = {str(k): v for k, v in state.items()}
     if any(k.startswith('module.model.') for k in state):  # beside the attacker's own copy
         state = {k[13:]: v for k, v in state.items() if k.startswith('module.model.')}
     for prefix in ('module.', '_orig_mod.', 'model.'):
@@ -1865,7 +1875,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     (standard training: natural) validation accuracy. Every random draw of an epoch comes
     from (seed, epoch), so that a resumed training equals an uninterrupted one.
     Returns dict(best, last: state_dicts; best_epoch, history, collapsed, seconds, recipe,
-    kept: {epoch: file}).
+    kept: {epoch: file}, path: of the rest).
     """
     name = METHOD_NAMES.get(method, method)
     recipe = model_recipe(args, method, seed, extra)
@@ -1885,9 +1895,9 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
         if args.fresh:
             path.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
-        saved = _read_training(path, recipe)
+        saved = read_training(path, recipe)
         if keep and saved and (lacks(saved) or beside.exists()):  # and leave that alone
-            saved = _read_training(beside, recipe)
+            saved = read_training(beside, recipe)
             if lacks(saved) or not saved:
                 log.info('%s: training again, to keep the weights of its epochs', name)
                 saved = {}
@@ -1897,7 +1907,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     path, saved = agreed(begin)
     if saved.get('finished'):
         log.info('%s: trained already (%s)', name, path)
-        return warn_collapsed(saved | dict(kept=kept), name)
+        return warn_collapsed(saved | dict(kept=kept, path=path), name)
 
     dtype = pick_precision(device, args.amp)
     loss_fn = loss_fn or METHODS[method]
@@ -1909,10 +1919,11 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     history, best, best_epoch, seconds = [], None, 0, 0.0
     if saved:
-        for part, state in ((model, 'model'), (optimizer, 'optimizer'), (scaler, 'scaler')):
-            part.load_state_dict(saved[state])
-        if average:
-            average.load_state_dict(saved['average'])
+        with fitting(path):
+            for part, state in ((model, 'model'), (optimizer, 'optimizer'), (scaler, 'scaler')):
+                part.load_state_dict(saved[state])
+            if average:
+                average.load_state_dict(saved['average'])
         history, best, best_epoch, seconds = (
             saved[k] for k in ('history', 'best', 'best_epoch', 'seconds'))
         log.info('%s: continuing after epoch %d', name, len(history))
@@ -1997,15 +2008,28 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
             write_weights(kept[epoch + 1], judged.state_dict())
         write_weights(path, result)
     bar.close()
-    return warn_collapsed(result | dict(kept=kept), name)
+    return warn_collapsed(result | dict(kept=kept, path=path), name)
 
 
-def _read_training(path, recipe):
+def read_training(path, recipe):
     """What `train_model` saved at path; empty where there is nothing."""
-    saved = read_checkpoint(path) if path.exists() else {}
-    if saved and not (isinstance(saved, dict) and saved.get('recipe') == recipe):
+    if not path.exists():
+        return {}
+    saved = read_checkpoint(path)
+    if not (isinstance(saved, dict) and saved.get('recipe') == recipe
+            and {'history', 'best', 'last' if saved.get('finished') else 'model'} <= saved.keys()):
         raise UserError(f'{path} holds another model than its name says; delete it')
     return saved
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """Inside, weights from `path` are put in their place; UserError where they do not fit."""
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f'{path} does not fit the network, whose code may have changed '
+                        f'({_short(error)}); delete it')
 
 
 def write_weights(path, obj):
@@ -2070,10 +2094,10 @@ def restore(result, which, args, data, device, build=make_model):
     """The trained model of `train_model`'s result in eval mode; which: 'best', 'last' or an
     epoch that was kept."""
     model = build(args.arch, len(data.classes), data.shape, 0).to(device)
-    if isinstance(which, str):
-        model.load_state_dict(result[which])
-    else:
-        model.load_state_dict(agreed(lambda: read_checkpoint(result['kept'][which])))
+    path = result['path'] if isinstance(which, str) else result['kept'][which]
+    state = result[which] if isinstance(which, str) else agreed(lambda: read_checkpoint(path))
+    with fitting(path):
+        model.load_state_dict(state)
     return model.eval()
 
 

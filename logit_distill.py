@@ -177,7 +177,7 @@ def looks(x):
     """What can be measured about an image without a network: {name: (N,)}. x: (N, C, H, W)."""
     grey = x.mean(1)
     centred = grey - grey.mean((1, 2), keepdim=True)
-    power = torch.fft.fft2(centred).abs() ** 2
+    power = torch.fft.fft2(centred).abs() ** 2 if len(x) else centred  # some FFTs need a batch
     fy, fx = torch.meshgrid(torch.fft.fftfreq(grey.shape[1], device=x.device),
                             torch.fft.fftfreq(grey.shape[2], device=x.device), indexing='ij')
     high = torch.maximum(fy.abs(), fx.abs()) > 0.25

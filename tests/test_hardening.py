@@ -2,6 +2,7 @@
 at once, masked gradients. One line and exit code 2, or a clean resume; nothing is lost."""
 import hashlib
 import importlib
+import io
 import json
 import os
 import pickle
@@ -24,6 +25,17 @@ import common
 
 SCRIPTS = {name: importlib.import_module(name) for name in (
     'train_at', 'mi_analysis', 'cifs', 'shape_bias', 'logit_distill', 'dimpled_manifold')}
+FLAGS = {  # a whole study in seconds
+    'train_at': '--arch lenet5 --methods standard pgd --steps 1 --apgd-steps 1 --targets 1 '
+                '--square-queries 1',
+    'mi_analysis': '--arch lenet5 --steps 1 --test-steps 1 --measured 1',
+    'cifs': '--arms vanilla --steps 1 --apgd-steps 1 --targets 1 --square-queries 1 '
+            '--targeted-steps 1 --restarts 1',
+    'shape_bias': '--arch lenet5 --steps 1 --channels 1',
+    'logit_distill': '--arch lenet5 --steps 1 --students M0 --distil-epochs 1 --logit-images 40 '
+                     '--apgd-steps 1 --margin-steps 1 --square-queries 1 --targets 1',
+    'dimpled_manifold': '--arch lenet5 --steps 1 --parts training --latent 2 --ae-epochs 2 '
+                        '--checkpoints 4 --watched 4 --attack-steps 1'}
 SMALL = ['--train-size', '40', '--test-size', '40', '--epochs', '1', '--batch-size', '20',
          '--amp', 'fp32', '--out', 'runs']
 
@@ -39,6 +51,18 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)
 
 
+@pytest.fixture(autouse=True)
+def smaller(monkeypatch):
+    """What has no flag."""
+    for name, value in dict(CONFLICTS=90, PROBES=60, PAIRS=20, TOP=5, TAUS=(0.05,)).items():
+        monkeypatch.setattr(SCRIPTS['shape_bias'], name, value)
+
+
+def main(script, *flags):
+    """A function that runs a small study."""
+    return partial(SCRIPTS[script].main, [*SMALL, *FLAGS[script].split(), *flags])
+
+
 def files(folder='.'):
     """{path: contents} of all files below a folder."""
     return {str(p): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
@@ -51,7 +75,8 @@ def refused(function, message, capsys):
         common.entry(function)
     stderr = capsys.readouterr().err
     assert exit_.value.code == 2
-    assert stderr.startswith('error: ') and stderr.count('\n') == 1, stderr
+    assert stderr.startswith('error: ') and stderr.endswith('\n'), stderr
+    assert stderr[:-1].isprintable(), stderr  # neither a second line nor a colour
     assert re.search(message, stderr), stderr
 
 
@@ -351,3 +376,114 @@ def test_folders_that_hold_other_things(capsys):
     Path('data/train/bird').rmdir()
     Path('data/test/dog').rename('data/test/wolf')
     refused(load, 'different classes', capsys)
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+def saved(obj):
+    """The bytes of torch.save."""
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    return buffer.getvalue()
+
+
+def shrunk(state):
+    return {k: torch.zeros(1) for k in state}
+
+
+# {what it is: function of what belongs there -> bytes}
+BROKEN = {
+    'empty': lambda right: b'',
+    'half': lambda right: saved(right)[:len(saved(right)) // 2],
+    'without its end': lambda right: saved(right)[:-100],
+    'noise': lambda right: np.random.default_rng(0).bytes(5000),
+    'html': lambda right: b'<!DOCTYPE html><html>Quota exceeded</html>',
+    'a list': lambda right: saved([]),
+    'a number': lambda right: saved(0),
+    'nothing': lambda right: saved({}),
+    'malicious': lambda right: saved(Evil()),
+    'malicious in its old format': lambda right: pickle.dumps(Evil()),
+    'malicious within': lambda right: saved(dict(right, history=Evil()))}
+WRONG = {
+    'a state_dict': lambda right: saved(right['best']),
+    'another model': lambda right: saved(right | dict(recipe=right['recipe'] | dict(seed=7))),
+    'a recipe alone': lambda right: saved(dict(recipe=right['recipe'])),
+    'a recipe and an end': lambda right: saved(dict(recipe=right['recipe'], finished=True))}
+MISFITS = {
+    'weights of another network': lambda right: saved(right | {
+        k: shrunk(right[k]) for k in ('model', 'best') if k in right})}
+FIRST = (*((script, 'network') for script in SCRIPTS), ('dimpled_manifold', 'autoencoder'))
+
+
+@pytest.fixture(scope='module')
+def first_checkpoint(tmp_path_factory):
+    """A function (script, kind) -> path and contents of the first checkpoint that its small
+    study writes, after its first epoch of two."""
+    class Found(BaseException):
+        pass
+
+    def found(path, obj):
+        if 'recipe' in obj and ('autoencoder' in path.name) == (now[1] == 'autoencoder'):
+            raise Found(path, obj)
+
+    known, now = {}, None
+
+    def find(*what):
+        nonlocal now
+        if what not in known:
+            now = what
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Found) as caught:
+                patch.chdir(tmp_path_factory.mktemp('first'))
+                patch.setattr(common, 'write_weights', found)
+                main(what[0], '--epochs', '2')()
+            known[what] = caught.value.args
+        return known[what]
+    return find
+
+
+@pytest.mark.parametrize('what', FIRST, ids=' '.join)
+@pytest.mark.parametrize('how', BROKEN | WRONG | MISFITS)
+def test_checkpoints_that_are_none(what, how, first_checkpoint, capsys):
+    path, right = first_checkpoint(*what)
+    if how in MISFITS and what in (('mi_analysis', 'network'), ('dimpled_manifold', 'network')):
+        pytest.skip('trains again where the weights of some epochs are missing')
+    path.parent.mkdir(parents=True)
+    path.write_bytes((BROKEN | WRONG | MISFITS)[how](right))
+    before = files('runs/models')
+    refused(main(what[0], '--epochs', '2'), f'{re.escape(str(path))} .*delete it', capsys)
+    after = files('runs/models')
+    assert {k: after[k] for k in before} == before and not Path('created').exists()
+    assert all('autoencoder' in k for k in after.keys() - before.keys())
+
+
+@pytest.mark.parametrize('which', ('best', 'last', 1))
+def test_trained_weights_that_do_not_fit_are_named(which, capsys):
+    """As after a change of the network under the same name."""
+    args = common.parse(common.make_parser(''), [*SMALL, '--arch', 'lenet5'])
+    data = common.load_data('shapes', train_size=40, test_size=20)
+    device = torch.device('cpu')
+    result = common.train_model(args, data, 'standard', 0, device, keep=(1,))
+    path = next(Path('runs/models').glob('*.pt')) if isinstance(which, str) else result['kept'][1]
+    path.write_bytes(saved(shrunk(result['best'])) if which == 1 else saved(
+        {k: v for k, v in result.items() if k not in ('kept', 'path')} | {which: shrunk(result['best'])}))
+    again = common.train_model(args, data, 'standard', 0, device, keep=(1,))
+    refused(lambda: common.restore(again, which, args, data, device),
+            f'{re.escape(str(path))} .*delete it', capsys)
+
+
+FOREIGN = BROKEN | {
+    'a tensor': lambda right: saved(torch.zeros(3)),
+    'numbers for names': lambda right: saved({1: torch.zeros(3)}),
+    'a training without weights': lambda right: saved(dict(epoch=3, state_dict=None)),
+    'another network': lambda right: saved(common.make_model('small-cnn').state_dict())}
+
+
+@pytest.mark.parametrize('how', FOREIGN)
+def test_foreign_weights_that_are_none(how, capsys):
+    model = common.make_model('lenet5', 10, (1, 28, 28))
+    path = Path('weights.pt')
+    path.write_bytes(FOREIGN[how](model.state_dict()))
+    before = files()
+    refused(partial(common.make_model, 'lenet5', 10, (1, 28, 28), weights=path), 'weights.pt',
+            capsys)
+    assert files() == before
