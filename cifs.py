@@ -1047,7 +1047,7 @@ def judge(results, folder):
                 worst_mode(arms['cas'], 'correct_last'), ('cas', 'cifs'),
                 reference=reference('+2.2, each under its strongest PGD-100'))
     adaptive_claims(arms, add, reference)
-    ablation_claims(results, arms, add, claims)
+    ablation_claims(results, add, claims)
     if 'cifs' in arms:
         claims += masking_claims(results, arms['cifs'], reference)
     for arm, runs in arms.items():
@@ -1220,7 +1220,7 @@ def trainings_claims(results, compare, claims):
                             'uninformative: not run (--trainings pgd trades mart fat)'))
 
 
-def ablation_claims(results, arms, add, claims):
+def ablation_claims(results, add, claims):
     """V10 and V11: what CIFS is made of, on the worst mode of PGD-20 and PGD-100."""
     groups = results['ablations']
 
@@ -1355,30 +1355,26 @@ def make_parser():
         'mart, fat; the first is the one that figures and most claims are about')
     add('--ablate', nargs='*', choices=('imgf', 'k', 'layers', 'probe', 'beta'), metavar='X',
         help='train CIFS with one thing changed: imgf, k, layers, probe, beta')
-    add('--imgf', choices=IMGFS, help='mask from relevance: ' + ', '.join(IMGFS))
-    add('--temperature', type=common.positive, help='T of softmax(g / T)')
-    add('--alpha', type=common.positive, help='of sigmoid (10) and softplus (5)')
-    add('--mask-sum', type=common.number, help='of the softmax mask; 0: the number of channels')
-    add('--topk', type=common.count, help='classes that define the relevance')
-    add('--beta', type=common.number, help='weight of the probes in the joint loss')
+    add('--imgf', choices=IMGFS, metavar='F', help='mask from relevance: ' + ', '.join(IMGFS))
+    add('--temperature', type=common.positive, metavar='X', help='T of softmax(g / T)')
+    add('--alpha', type=common.positive, metavar='X', help='of sigmoid (10) and softplus (5)')
+    add('--mask-sum', type=common.number, metavar='X',
+        help='of the softmax mask (0: the number of channels)')
+    add('--topk', type=common.count, metavar='N', help='classes that define the relevance')
+    add('--beta', type=common.number, metavar='X', help='weight of the probes in the joint loss')
     add('--exact', action='store_true', default=None,
         help="train with the mask's gradient, too (the authors leave it out)")
     add('--warm-start', type=common.whole, metavar='EPOCHS',
         help='on natural images first, every arm')
-    add('--apgd-steps', type=common.count)
-    add('--square-queries', type=common.count)
-    add('--targets', type=common.count, help='classes APGD-T aims at')
-    add('--targeted-steps', type=common.count, help='for each of the wrong classes')
-    add('--restarts', type=common.count)
+    add('--targeted-steps', type=common.count, metavar='N', help='for each of the wrong classes')
+    add('--restarts', type=common.count, metavar='N', help='of PGD on the joint loss')
+    common.add_attack_flags(parser)
     return parser
 
 
 def main(argv=None):
     args = common.parse(make_parser(), argv)
-    if args.plot_only:
-        folder, results = common.open_results(args.plot_only)
-    else:
-        folder, results = study(args)
+    folder, results = common.measured(args, study, 'cifs')
     print_table(results)
     draw(results, folder)
     judge(results, folder)

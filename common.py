@@ -28,8 +28,10 @@ import logging
 import math
 import os
 import pickle
+import re
 import shutil
 import sys
+import textwrap
 import time
 import zlib
 from dataclasses import dataclass, field, replace
@@ -46,6 +48,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
+from scipy.stats import rankdata
 from tqdm import tqdm
 
 log = logging.getLogger('advcnn')
@@ -166,6 +169,19 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):  # one line instead of argparse's usage block
         self.exit(2, f'error: {message} (see --help)\n' if first() else None)
 
+    def format_help(self):  # two flags a line where they fit: the whole in one screen
+        lines = []
+        for action in self._actions:
+            flag = action.option_strings[-1] + (f' {action.metavar}' if action.metavar else '')
+            cell = f'{flag:<19} {action.help or ""}'.rstrip()
+            beside = lines and len(lines[-1]) <= 49 and not lines[-1].startswith(' ')
+            if beside and len(cell) <= 50:
+                lines[-1] = f'{lines[-1]:<50}{cell}'
+            else:
+                lines += textwrap.wrap(cell, 100, subsequent_indent=20 * ' ',
+                                       break_on_hyphens=False)
+        return '\n'.join([self.description, '', *lines, '', self.epilog, ''])
+
 
 def make_parser(doc, defaults=None):
     """The flags that mean the same in every script.
@@ -185,43 +201,52 @@ def make_parser(doc, defaults=None):
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w)
                        for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
-    parser = _Parser(description=doc, epilog='\n'.join(lines), allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = re.search(r'^Usage.*?(?=^\S|\Z)', doc, re.M | re.S)
+    usage = re.search(r'^Usage.*?(?=^\S|\Z)', doc, re.M | re.S)
+    parser = _Parser(
+        description=doc.split('\n')[0] + '\n' + (usage.group().rstrip() if usage else ''),
+        epilog='\n'.join(lines), allow_abbrev=False)
     parser.defaults_table = table
     add = parser.add_argument
     add('--dataset', default='shapes', metavar='NAME',
-        help='shapes (embedded, nothing to download) | mnist | fashion-mnist | cifar10 | '
-             'cifar100 | svhn | stl10 | folder:PATH   (default: shapes)')
-    add('--data-root', default='data', metavar='DIR', help="torchvision's folder (./data)")
-    add('--trust-data', action='store_true', help='accept data files with other checksums')
-    add('--image-size', type=count, metavar='PX', help='for shapes (32) and folder (224)')
-    add('--arch', choices=ARCHS, metavar='NAME', help=' | '.join(ARCHS))
-    add('--epochs', type=count)
-    add('--batch-size', type=count)
-    add('--lr', type=positive, help='peak learning rate of SGD with momentum 0.9')
-    add('--weight-decay', type=number)
-    add('--schedule', type=schedule, metavar='NAME',
-        help='piecewise | cosine | onecycle | constant | drops:0.6,0.8 (x0.1 at each share of '
-             'the epochs; drops:0.6,0.8:0.5: x0.5)')
-    add('--eps', type=positive, help='radius of the attack, such as 8/255')
-    add('--step-size', type=positive, help='step of the training attack, such as 2/255')
-    add('--steps', type=count, help='steps of the training attack')
-    add('--norm', choices=('linf', 'l2'),
-        help='l2 has its own defaults: eps 128/255, step 15/255')
-    add('--eps-warmup', type=number, metavar='SHARE', help='of the training, eps grows')
-    add('--ema', type=number, metavar='DECAY', help='average the weights, such as 0.999')
-    add('--pad', type=whole, metavar='PX', help='zero padding of the random crops (0: none)')
-    add('--train-size', type=whole, help='balanced subset (0: all)')
-    add('--test-size', type=whole, help='balanced subset (0: all)')
-    add('--seeds', type=whole, nargs='+', default=[0], metavar='N', help='(0)')
-    add('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    add('--amp', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto',
-        help='precision of training; reported attacks always run in float32')
-    add('--compile', action='store_true', help='torch.compile the training (GPU)')
-    add('--out', default='runs', metavar='DIR', help='models and results go here (./runs)')
+        help='shapes (embedded), mnist, fashion-mnist, cifar10, cifar100, svhn, stl10, folder:PATH')
+    add('--data-root', default='data', metavar='DIR', help="torchvision's folder (data)")
+    add('--trust-data', action='store_true', help='accept altered data files')
+    add('--image-size', type=count, metavar='PX', help='shapes: 32, folder: 224')
+    add('--pad', type=whole, metavar='PX', help='padding of random crops')
+    add('--train-size', type=whole, metavar='N', help='balanced subset (0: all)')
+    add('--test-size', type=whole, metavar='N', help='balanced subset (0: all)')
+    add('--arch', choices=ARCHS, metavar='NAME', help=', '.join(ARCHS))
+    add('--epochs', type=count, metavar='N', help='of each training')
+    add('--batch-size', type=count, metavar='N', help='of all processes')
+    add('--lr', type=positive, metavar='X', help='peak; SGD, momentum 0.9')
+    add('--weight-decay', type=number, metavar='X', help='(5e-4; folder: 1e-4)')
+    add('--schedule', type=schedule, metavar='NAME', help='piecewise, cosine, onecycle, constant '
+        'or drops:0.6,0.8[:0.1] (shares[:factor])')
+    add('--ema', type=number, metavar='DECAY', help='of averaged weights: 0.999')
+    add('--eps', type=positive, metavar='X', help='radius of the attack: 8/255')
+    add('--step-size', type=positive, metavar='X', help='of training attacks: 2/255')
+    add('--steps', type=count, metavar='N', help='of training attacks')
+    add('--eps-warmup', type=number, metavar='SHARE', help='of training; eps grows')
+    add('--norm', choices=('linf', 'l2'), metavar='NORM',
+        help='linf or l2 (with its own defaults: eps 128/255, step 15/255)')
+    add('--seeds', type=whole, nargs='+', default=[0], metavar='N ...', help='one or more (0)')
+    add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', metavar='NAME',
+        help='auto, cpu or cuda')
+    add('--amp', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', metavar='NAME',
+        help='precision of training: auto, bf16, fp16 or fp32 (reported attacks: always float32)')
+    add('--compile', action='store_true', help='torch.compile (GPU)')
+    add('--out', default='runs', metavar='DIR', help='for models, results (runs)')
     add('--fresh', action='store_true', help='train and measure again')
-    add('--plot-only', metavar='RUN', help='redraw figures and claims of a finished run folder')
+    add('--plot-only', metavar='RUN', help='redraw a finished run')
     return parser
+
+
+def add_attack_flags(parser):
+    """The flags of `evaluation_attacks`."""
+    parser.add_argument('--apgd-steps', type=count, metavar='N')
+    parser.add_argument('--targets', type=count, metavar='N', help='classes APGD-T aims at')
+    parser.add_argument('--square-queries', type=count, metavar='N')
 
 
 def parse(parser, argv=None):
@@ -1665,6 +1690,13 @@ def predict(model, x):
         return final_logits(model(x)).argmax(1)
 
 
+def logits_of(model, x, batch_size=250):
+    """Logits (N, K) in eval mode, without gradients. x: uint8 or float."""
+    with frozen(model), spread(model), torch.no_grad():
+        return torch.cat([final_logits(model(to_float(b) if b.dtype == torch.uint8 else b))
+                          for b in x.split(batch_size)])
+
+
 def correct_under(model, x, y, attack=None, batch_size=250):
     """Whether each image is still classified correctly after `attack(model, x, y)`: (N,) bool.
 
@@ -1693,6 +1725,30 @@ def check_attack(x_adv, x, eps, norm, tolerance=1e-6):
     assert 0 <= x_adv.min() and x_adv.max() <= 1, 'the attack left [0, 1]'
     limit = eps + tolerance * (1 if norm == 'linf' else 10)
     assert size.max() <= limit, f'the attack left the ball: {size.max():.6f} > {eps:.6f}'
+
+
+def evaluation_attacks(args, seed, device, eps=None, pgd_steps=20):
+    """The attacks that every network faces: {name: function (model, x, y) -> x_adv}.
+
+    args: with eps, norm and the flags of `add_attack_flags`; eps: another radius. pgd_steps:
+    of the shorter PGD, 20 or, as usual on MNIST, 40.
+    """
+    eps = eps or args.eps
+
+    def of(attack, name, **options):
+        generator = make_generator('evaluate', name, seed, device=device)
+        return partial(attack, eps=eps, generator=generator, **options)
+
+    attacks = {'fgsm': partial(fgsm, eps=eps, norm=args.norm)}
+    for steps, step_size in ((pgd_steps, eps / 4), (100, eps / 10)):
+        attacks[f'pgd{steps}'] = of(pgd, f'pgd{steps}', norm=args.norm, steps=steps,
+                                    step_size=step_size, drop_fooled=True)
+    attacks['apgd_ce'] = of(apgd, 'apgd_ce', norm=args.norm, steps=args.apgd_steps)
+    attacks['apgd_t'] = of(apgd, 'apgd_t', norm=args.norm, steps=args.apgd_steps,
+                           targets=args.targets)
+    if args.norm == 'linf':
+        attacks['square'] = of(square, 'square', queries=args.square_queries)
+    return attacks
 
 
 def masking_check(model, x, y, correct, *, eps, norm='linf', loss='margin', generator=None):
@@ -2136,14 +2192,19 @@ def _load_results(folder, config, script, fresh):
     return results
 
 
-def open_results(folder):
-    """(folder, results) of a finished run, for --plot-only."""
+def measured(args, study, name):
+    """(folder, results) of study(args) or, with --plot-only, of a finished run's folder."""
+    if not args.plot_only:
+        return study(args)
+    folder = Path(args.plot_only)
     try:
-        results = json.loads(Path(folder, 'results.json').read_text())
+        results = json.loads((folder / 'results.json').read_text())
     except (OSError, ValueError) as error:
         raise UserError(f'{folder} holds no readable results.json ({_short(error)})')
+    if not isinstance(results, dict) or results.get('finished') != name:
+        raise UserError(f'{folder} holds no finished run of {name}')
     start_log()
-    return Path(folder), results
+    return folder, results
 
 
 def measure(results, key, function, folder):
@@ -2157,11 +2218,22 @@ def measure(results, key, function, folder):
 
 
 def finish(folder):
-    """The results of a finished study as its file has them. Only the first process returns:
-    tables, figures and claims are for one."""
+    """Mark a study as finished; returns its results as the file has them. Only the first
+    process returns: tables, figures and claims are for one."""
     if not first():
         sys.exit()
-    return json.loads(Path(folder, 'results.json').read_text())
+    path = Path(folder, 'results.json')
+    results = json.loads(path.read_text())
+    if 'finished' not in results:
+        results['finished'] = path.parent.parent.name
+        write_json(path, results)
+    return results
+
+
+def rank_correlation(a, b):
+    """Spearman's rho of two sequences; nan where one is constant."""
+    a, b = rankdata(a), rankdata(b)
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else math.nan
 
 
 def pack(array):
@@ -2175,6 +2247,11 @@ def unpack(packed):
     """The inverse of `pack`."""
     data = zlib.decompress(base64.b64decode(packed['zlib64']))
     return np.frombuffer(data, packed['dtype']).reshape(packed['shape']).copy()
+
+
+def seeds_of(results):
+    """The seeds of a study."""
+    return results['config']['seeds']
 
 
 def stack_correct(runs, name, which='correct'):

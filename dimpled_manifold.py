@@ -211,7 +211,7 @@ def steady_rate(nets, problem):
 
 
 def train_nets(nets, problem, steps, rate, *, eps=0.0, decay=0.0, margin=0.01, stretch=STRETCH,
-               marks=(), every=False):
+               marks=()):
     """Full-batch gradient descent, momentum 0.9, on the logistic loss of R networks at once.
 
     eps: (R,) or a number, the l2 radius of single-step adversarial training (0: clean). decay:
@@ -1030,7 +1030,6 @@ def train_on_plane(rows, n, sources):
 
 CHUNK = 100                            # images whose bases are in memory at once
 NULLS = ('random', 'same class', 'other class', 'phases shuffled', 'low-pass', 'principal')
-ARMS = ('regular', 'on', 'off', *NULLS)
 
 
 def flat_model(model, shape):
@@ -1130,7 +1129,7 @@ def measure_on(args, model, judge, autoencoder, x, labels, shape, basis, bases, 
     return out, found
 
 
-def latent_attack(args, model, autoencoder, z, shape):
+def latent_attack(args, model, autoencoder, z):
     """Norms in pixels of the shortest latent perturbations found: the attack that stays on the
     curved manifold (Stutz et al. 2019). (N,), inf where it fails."""
     def score(v):
@@ -1145,7 +1144,7 @@ def latent_attack(args, model, autoencoder, z, shape):
     return torch.where(norm.isfinite(), moved, math.inf)
 
 
-def study_images(args, data, networks, judge, autoencoder, seed, device):
+def study_images(args, data, networks, judge, autoencoder, seed):
     """E6-E8: every network attacked regardless of, on and off the manifold and within the
     nulls. Returns {network: {'x' | 'exact' | 'rendered': {measure: (N,) packed}}}.
 
@@ -1184,7 +1183,7 @@ def study_images(args, data, networks, judge, autoencoder, seed, device):
                     args, model, judge, None if kind == 'rendered' else autoencoder, points, y,
                     shape, tangent, nulls, content)
                 if kind == 'exact':
-                    found['norm latent'] = latent_attack(args, model, autoencoder, z, shape)
+                    found['norm latent'] = latent_attack(args, model, autoencoder, z)
                 for key, value in found.items():
                     out[name].setdefault(kind, {}).setdefault(key, []).append(value.cpu())
                 if start == 0 and kind == 'x':
@@ -1505,7 +1504,7 @@ def study(args):
             for model in (judge, *networks.values()):
                 model.requires_grad_(False)
             measure(f'images-s{seed}', lambda: study_images(
-                args, data, networks, judge, main, seed, device))
+                args, data, networks, judge, main, seed))
             measure(f'images-k-s{seed}', lambda: study_dimension(
                 args, data, networks, {k: v[0] for k, v in autoencoders.items()}, seed))
         for result in trained.values():
@@ -1525,19 +1524,15 @@ def study(args):
 FAR = 1000.0                           # stands for the ratio to an attack that failed
 
 
-def seeds_of(results):
-    return results['config']['seeds']
-
-
 def has(results, part):
     """Whether a part was measured, with every seed where it has any."""
-    return part in results or all(f'{part}-s{s}' in results for s in seeds_of(results))
+    return part in results or all(f'{part}-s{s}' in results for s in common.seeds_of(results))
 
 
 def image_measure(results, network, kind, name):
     """(S, N) of one measure of study_images."""
     return np.stack([unpack(results[f'images-s{s}'][network][kind][name]).astype(float)
-                     for s in seeds_of(results)])
+                     for s in common.seeds_of(results)])
 
 
 def ratio(a, b):
@@ -1610,7 +1605,7 @@ def draw(results, folder):
             figure(results, folder)
 
 
-def draw_boundary(axis, problem, scores, reach=None):
+def draw_boundary(axis, problem, scores):
     """A field over the plane: sides in light colours, the boundary and the points."""
     a, b = problem['axes']
     axis.contourf(a, b, scores.T, [-1e9, 0, 1e9], colors=['#F6D5C3', '#CDE3F2'])
@@ -1839,7 +1834,7 @@ def figure_remedies(results, folder):
 
 
 def figure_gallery(results, folder):
-    found = results[f'images-s{seeds_of(results)[0]}']
+    found = results[f'images-s{common.seeds_of(results)[0]}']
     networks = [n for n in ('standard', 'pgd') if n in found]
     titles = {'regular': 'perturbation d', 'Pd': 'P d (in T)', 'Qd': 'Q d (off T)',
               'on': 'attack in T', 'off': 'attack off T', 'random': 'random'}
@@ -1868,7 +1863,7 @@ def figure_gallery(results, folder):
 
 
 def image_sets(results):
-    first = results[f'images-s{seeds_of(results)[0]}']['standard']
+    first = results[f'images-s{common.seeds_of(results)[0]}']['standard']
     return [k for k in KIND_NAMES if k in first]
 
 
@@ -1877,7 +1872,7 @@ def figure_norms(results, folder):
     fig, axes = common.new_figure(2, len(kinds), 3.2 * len(kinds) + 1, 5.2)
     for row, network in zip(axes, networks):
         for axis, kind in zip(row, kinds):
-            first = results[f'images-s{seeds_of(results)[0]}'][network][kind]
+            first = results[f'images-s{common.seeds_of(results)[0]}'][network][kind]
             for arm, colour in ARM_COLOURS.items():
                 if f'norm {arm}' not in first:
                     continue
@@ -1948,10 +1943,10 @@ def figure_chance(results, folder):
     common.save_figure(fig, folder, 'fig8_chance')
 
 
-def dimension_rows(results, network, latent=None):
+def dimension_rows(results, network):
     """{(latent, k): (S, N) arrays of on, random, regular, energy and right}."""
     out = {}
-    for s in seeds_of(results):
+    for s in common.seeds_of(results):
         rows = [r for r in results[f'images-k-s{s}'] if r['network'] == network]
         regular = next(unpack(r['regular']) for r in rows if 'regular' in r)
         for r in rows:
@@ -2005,11 +2000,11 @@ def figure_dimension(results, folder):
 def watched(results, part, arm):
     """(S, M, N) norms at the M checkpoints."""
     return np.stack([unpack(results[f'training-s{s}'][part]['norms'][arm]).astype(float)
-                     for s in seeds_of(results)])
+                     for s in common.seeds_of(results)])
 
 
 def figure_training(results, folder):
-    runs = [results[f'training-s{s}'] for s in seeds_of(results)]
+    runs = [results[f'training-s{s}'] for s in common.seeds_of(results)]
     epochs = np.array(runs[0]['epochs'])
     first = epochs[epochs > 0].min()
     at = np.where(epochs > 0, epochs, first / 2.5)
@@ -2035,14 +2030,14 @@ def figure_training(results, folder):
 
 def label_rates(results):
     """{arm: (S, N) correct}."""
-    runs = [results[f'labels-s{s}'] for s in seeds_of(results)]
+    runs = [results[f'labels-s{s}'] for s in common.seeds_of(results)]
     return {arm: np.stack([unpack(r[arm]['correct']).astype(float) for r in runs])
             for arm in runs[0]}
 
 
 def figure_labels(results, folder):
     rates = label_rates(results)
-    runs = [results[f'labels-s{s}'] for s in seeds_of(results)]
+    runs = [results[f'labels-s{s}'] for s in common.seeds_of(results)]
     fig, axes = common.new_figure(1, 1, 7.5, 3.2)
     axis = axes[0, 0]
     for i, (arm, correct) in enumerate(rates.items()):
@@ -2141,7 +2136,7 @@ def size_rates(results):
     """(images (M,), error (M,), {arm: success (M,)} within the median norm of the network that
     saw all images), means over seeds."""
     errors, success, images = [], {'on': [], 'regular': []}, None
-    for s in seeds_of(results):
+    for s in common.seeds_of(results):
         rows = results[f'sizes-s{s}']
         images = [r['images'] for r in rows]
         errors.append([r['error'] for r in rows])
@@ -2370,7 +2365,7 @@ def remedy_claims(results, claims):
 def beaten_share(results, network, kind):
     """Share of images on which some restricted attack is 2 % shorter than the unrestricted one:
     the search, not the geometry, is then what the regular norm shows (masked gradients)."""
-    first = results[f'images-s{seeds_of(results)[0]}'][network][kind]
+    first = results[f'images-s{common.seeds_of(results)[0]}'][network][kind]
     usual = norms(results, network, kind, 'regular')
     others = np.stack([norms(results, network, kind, name[5:]) for name in first
                        if name.startswith('norm') and name != 'norm regular'])
@@ -2435,7 +2430,7 @@ def image_claims(results, claims):
                 PAPER, f"{span(value, low, high)}, success {100 * success['on']:.0f} %",
                 unless or effect_verdict(low, high, ON_DEAR), f'counting {math.sqrt(n / k):.2f}' + (
                     f", Karner {reference['on']}" if reference and kind == 'x' else '')))
-            first = results[f'images-s{seeds_of(results)[0]}'][network][kind]
+            first = results[f'images-s{common.seeds_of(results)[0]}'][network][kind]
             for null in NULLS:
                 if f'norm {null}' in first:
                     value, low, high = middle(paired(results, network, kind, 'on', null))
@@ -2590,7 +2585,7 @@ def training_claims(results, claims):
 
 def label_claims(results, claims):
     rates, chance = label_rates(results), 1 / len(results['classes'])
-    runs = [results[f'labels-s{s}'] for s in seeds_of(results)]
+    runs = [results[f'labels-s{s}'] for s in common.seeds_of(results)]
     cifar = ' (threshold from CIFAR-10)' if results['config']['dataset'] != 'cifar10' else ''
     for arm, goal, reference in (('random', RAND, 'CIFAR-10, Ilyas et al. 2019: 63'),
                                  ('shifted', DET, 'CIFAR-10, Ilyas et al. 2019: 44')):
@@ -2724,7 +2719,7 @@ def print_table(results):
                     ''.join(f'{a[:9]:>10}' for a in arms))
     for network in ('standard', 'pgd'):
         for kind in image_sets(results):
-            first = results[f'images-s{seeds_of(results)[0]}'][network][kind]
+            first = results[f'images-s{common.seeds_of(results)[0]}'][network][kind]
             cells = [f'{np.nanmedian(norms(results, network, kind, a)):10.2f}'
                      if f'norm {a}' in first else f"{'':10}" for a in arms]
             common.log.info('%-42s%5.0f%s', f'{NET_NAMES[network]}, '
@@ -2762,13 +2757,7 @@ def main(argv=None):
     args.sizes, args.parts = sorted(args.sizes), [p for p in PARTS if p in args.parts]
     if len(set(args.latent)) < len(args.latent):
         raise common.UserError('--latent must differ from each other')
-    if args.plot_only:
-        folder, results = common.open_results(args.plot_only)
-        if 'config' not in results or not any(
-                has(results, {'causes': 'causes-plane'}.get(p, p)) for p in PARTS):
-            raise common.UserError(f'{folder} is no finished run of this study')
-    else:
-        folder, results = study(args)
+    folder, results = common.measured(args, study, 'dimpled_manifold')
     print_table(results)
     draw(results, folder)
     judge_claims(results, folder)

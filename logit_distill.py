@@ -466,13 +466,6 @@ def train_networks(args, data, seed, device, rows):
                        "AT'": train(args.teacher, seed=seed + 1)}
 
 
-def logits_of(model, x, batch=250):
-    """(N, K) float32, of uint8 images."""
-    with torch.no_grad():
-        return torch.cat([final_logits(model(common.to_float(b))).float()
-                          for b in x.split(batch)])
-
-
 def make_lesson(args, data, more, networks, seed, device):
     """What all students of a seed share: the teachers, their logits, transferred attacks.
 
@@ -483,8 +476,8 @@ def make_lesson(args, data, more, networks, seed, device):
         common.short_hash(networks[name]['recipe']) for name in ('AT', 'STD')])
     for name, key in (('AT', 't'), ('STD', 's')):
         model = common.restore(networks[name], 'best', args, data, device)
-        lesson |= {name: model, key: logits_of(model, data.train[0]),
-                   key + '_more': logits_of(model, more[0])}
+        lesson |= {name: model, key: common.logits_of(model, data.train[0]),
+                   key + '_more': common.logits_of(model, more[0])}
     lesson['transfer'] = {}
     x, y = data.test
     for radius in radii(args):
@@ -545,26 +538,17 @@ def distil(args, data, lesson, student, epochs, seed, device):
         check_every=max(16, epochs // 4))
 
 
-def evaluation_attacks(args, eps, seed, device):
-    """{name: function (model, x, y) -> x_adv} at one radius."""
-    def generator(name):
-        return common.make_generator('evaluate', name, seed, device=device)
-
-    shared = dict(eps=eps, norm=args.norm)
-    attacks = {
-        'fgsm': partial(common.fgsm, **shared),
-        'pgd20': partial(common.pgd, **shared, steps=20, step_size=eps / 4, drop_fooled=True,
-                         generator=generator('pgd20')),
-        'margin': partial(common.pgd, **shared, steps=args.margin_steps, step_size=eps / 4,
-                          loss='margin', restarts=args.restarts, drop_fooled=True,
-                          generator=generator('margin')),
-        'apgd_ce': partial(common.apgd, **shared, steps=args.apgd_steps,
-                           generator=generator('apgd_ce')),
-        'apgd_t': partial(common.apgd, **shared, steps=args.apgd_steps, targets=args.targets,
-                          generator=generator('apgd_t'))}
-    if args.norm == 'linf':
-        attacks['square'] = partial(common.square, eps=eps, queries=args.square_queries,
-                                    generator=generator('square'))
+def attacks_on_student(args, eps, seed, device):
+    """`common.evaluation_attacks` at one radius, with PGD on the margin instead of PGD-100."""
+    attacks = {}
+    for name, attack in common.evaluation_attacks(args, seed, device, eps).items():
+        if name == 'pgd100':
+            name = 'margin'
+            attack = partial(common.pgd, eps=eps, norm=args.norm, steps=args.margin_steps,
+                             step_size=eps / 4, loss='margin', restarts=args.restarts,
+                             drop_fooled=True, generator=common.make_generator(
+                                 'evaluate', 'margin', seed, device=device))
+        attacks[name] = attack
     return attacks
 
 
@@ -582,7 +566,7 @@ def evaluate(args, data, model, lesson, seed, device, brief=False):
         black = torch.stack([common.correct_under(model, lesson['transfer'][k, radius], y)
                              for k in ('AT', 'STD')]).all(0)
         white = torch.ones_like(left)
-        for name, attack in evaluation_attacks(args, radius, seed, device).items():
+        for name, attack in attacks_on_student(args, radius, seed, device).items():
             every = name in EVERY and share == args.judged
             rows = torch.arange(len(y), device=device) if every else \
                 (left & white).nonzero()[:, 0]
@@ -635,7 +619,7 @@ def evaluate_student(args, data, more, lesson, trained, student, seed, device, b
     out = evaluate(args, data, model, lesson, seed, device, brief)
     if brief:
         return out
-    z = logits_of(model, more[0]) / temperature
+    z = common.logits_of(model, more[0]) / temperature
     measures = {k: v.mean().item() for k, v in logit_measures(z * temperature).items()}
     out |= dict(measures=measures, confidence=z.softmax(1).amax(1).mean().item(),
                 collapsed=trained['collapsed'], seconds=trained['seconds'],
@@ -655,7 +639,7 @@ def evaluate_student(args, data, more, lesson, trained, student, seed, device, b
             goal.double().softmax(1).mean(0, keepdim=True).log().expand_as(goal),
             goal).mean().item(),
         train_kl=common.kl_divergence(
-            logits_of(model, data.train[0]) / temperature, used).mean().item(),
+            common.logits_of(model, data.train[0]) / temperature, used).mean().item(),
         target_confidence=goal.softmax(1).amax(1).mean().item(),
         learned={k: (v.mean().item(), logit_measures(goal)[k].mean().item())
                  for k, v in logit_measures(z).items() if k in ('gap', 'odds')},
@@ -668,7 +652,7 @@ def measure_logits(args, data, more, networks, device):
     out = {}
     for name, trained in networks.items():
         model = common.restore(trained, 'best', args, data, device)
-        z, z_train = logits_of(model, x), logits_of(model, data.train[0])
+        z, z_train = common.logits_of(model, x), common.logits_of(model, data.train[0])
         values = z.sort(1, descending=True)[0]
         out[name] = dict(
             correct=common.pack((z.argmax(1) == y).to(torch.uint8)),
@@ -696,7 +680,7 @@ def measure_theory(args, data, networks, seed, device):
             model, common.to_float(a), b, eps=args.eps, step_size=args.eps / 4, steps=10,
             norm=args.norm, generator=common.make_generator('theory', seed, device=device))))
             .detach() for a, b in zip(x.split(250), y.split(250))])
-        natural = logits_of(model, data.train[0])
+        natural = common.logits_of(model, data.train[0])
         scales = {}
         for kind, z, labels in (('natural', natural, data.train[1]), ('attacked', attacked, y)):
             grid = np.geomspace(1 / 16, 16, 41)
@@ -717,7 +701,7 @@ def measure_theory(args, data, networks, seed, device):
     return out
 
 
-def measure_disagreement(args, logits, more):
+def measure_disagreement(logits, more):
     """E5: the images on which the two networks' confidence differs most, both being right, by
     the difference of log-odds and of ranks; and what the tails look like."""
     odds = {k: unpack(logits[k]['odds']).astype(np.float64) for k in ('STD', 'AT')}
@@ -794,7 +778,7 @@ def study(args):
         results[f'collapsed-s{seed}'] = [k for k, v in networks.items() if v['collapsed']]
         logits = measure('logits', lambda: measure_logits(args, data, more, networks, device))
         measure('theory', lambda: measure_theory(args, data, networks, seed, device))
-        measure('disagreement', lambda: measure_disagreement(args, logits, more))
+        measure('disagreement', lambda: measure_disagreement(logits, more))
         lesson = make_lesson(args, data, more, networks, seed, device)
         measure('example', lambda: example(
             lesson, more, [s for s in args.students if '/' not in s], seed, device))
@@ -816,13 +800,9 @@ def study(args):
 
 # ------------------------------------------------------------------------- reading results
 
-def seeds_of(results):
-    return results['config']['seeds']
-
-
 def per_seed(results, part):
     """What was measured of `part` with each seed."""
-    return [results[f'{part}-s{seed}'] for seed in seeds_of(results)]
+    return [results[f'{part}-s{seed}'] for seed in common.seeds_of(results)]
 
 
 def runs_of(results, name, epochs=None):
@@ -832,7 +812,7 @@ def runs_of(results, name, epochs=None):
     return per_seed(results, f"student-{name}-e{epochs or results['lengths'][-1]}")
 
 
-def measured(results, name, measure):
+def measure_of(results, name, measure):
     """(S, N) of a network's logits: 'largest', 'centred', 'gap', 'odds' or 'correct'."""
     return np.stack([unpack(v[name][measure]).astype(np.float64)
                      for v in per_seed(results, 'logits')])
@@ -859,7 +839,7 @@ def sampler(results, which, images=None):
     and in each of them. images: (N,) bool, those counted.
     """
     images = np.ones(len(results['test_labels']), bool) if images is None else images
-    n, seeds = images.sum(), len(seeds_of(results))
+    n, seeds = images.sum(), len(common.seeds_of(results))
     rng = np.random.default_rng(0)
     weights = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), DRAWS)]) / n
     alike = rng.standard_normal(DRAWS)
@@ -907,7 +887,7 @@ def failed(results, name):
             if run['kl'] > KL_SHARE * max(run['constant_kl'], 1e-6):
                 flags.append(f"KL {run['kl']:.2f}, of one constant answer {run['constant_kl']:.2f}")
         elif name.startswith('LSQ'):
-            own, goal = run['measures']['centred'], measured(results, 'AT', 'centred').mean()
+            own, goal = run['measures']['centred'], measure_of(results, 'AT', 'centred').mean()
             if abs(own - goal) > SQUEEZED * goal:
                 flags.append(f'mean centred maximum {own:.2f}, of AT {goal:.2f}')
         if flags:
@@ -971,10 +951,10 @@ def figure_logits(results, folder):
     for axis, (key, text) in zip(axes[0], (
             ('centred', 'largest logit minus the mean'), ('gap', 'gap to the runner-up'),
             ('odds', 'log-odds of the prediction'))):
-        every = np.concatenate([measured(results, n, key).ravel() for n in names])
+        every = np.concatenate([measure_of(results, n, key).ravel() for n in names])
         edges = np.linspace(*np.percentile(every, (0.2, 99.8)), 45)
         for name, colour in shades(names).items():
-            values = measured(results, name, key).ravel()
+            values = measure_of(results, name, key).ravel()
             axis.hist(values, edges, density=True, histtype='step', color=colour, lw=1.4,
                       label=name)
             axis.axvline(values.mean(), color=colour, ls=':', lw=1.2)
@@ -1002,7 +982,7 @@ def figure_theory(results, folder):
     at = np.array(shares) * eps * (255 if small else 1)
     for key, text, colour in (('centred', 'largest minus mean', '#000000'),
                               ('gap', 'gap to the runner-up', '#009E73')):
-        values = np.array([measured(results, n, key).mean(1) for n in names])
+        values = np.array([measure_of(results, n, key).mean(1) for n in names])
         axes[0, 0].plot(at, values.mean(1), color=colour, marker='o', ms=4, label=text)
         if values.shape[1] > 1:
             axes[0, 0].plot(at, values, '.', color=colour, ms=3)
@@ -1053,13 +1033,13 @@ def ranks(values):
 
 def rank_correlation(a, b):
     """Spearman's rho, the mean over rows."""
-    return float(np.mean([np.corrcoef(u, v)[0, 1] for u, v in zip(ranks(a), ranks(b))]))
+    return float(np.mean([common.rank_correlation(u, v) for u, v in zip(a, b)]))
 
 
 def figure_disagreement(results, folder):
     fig, axes = common.new_figure(1, 3, 9.5, 3.6)
     for axis, (a, b) in zip(axes[0], (('STD', 'AT'), ('STD', "STD'"), ('AT', "AT'"))):
-        u, v = (measured(results, n, 'odds') for n in (a, b))
+        u, v = (measure_of(results, n, 'odds') for n in (a, b))
         x, y = (100 * ranks(w)[0] / w.shape[1] for w in (u, v))
         axis.plot(x, y, '.', ms=2, alpha=0.5, color='#0072B2', rasterized=True)
         axis.set(xlabel=f'confidence rank in {a} (%)', ylabel=f'in {b} (%)', aspect=1,
@@ -1296,10 +1276,10 @@ def collapsed(results, *names):
 def logit_claims(results, claims):
     """V1-V3."""
     bad = 'uninformative: collapsed model' if collapsed(results, 'STD', 'AT') else None
-    right = measured(results, 'STD', 'correct') * measured(results, 'AT', 'correct') > 0
+    right = measure_of(results, 'STD', 'correct') * measure_of(results, 'AT', 'correct') > 0
 
     def lower(text, key, both=False):
-        s, t = (measured(results, n, key) for n in ('STD', 'AT'))
+        s, t = (measure_of(results, n, key) for n in ('STD', 'AT'))
         keep = right if both else np.ones_like(right)
 
         def difference(a, b, k):
@@ -1335,14 +1315,14 @@ def logit_claims(results, claims):
         means = np.array([v.mean(1) for v in values]).reshape(2, len(names), -1)
         return max(rank_correlation(shares, m[None]) for half in means for m in half.T)
 
-    value, low, high = bootstrap(weakest, *(measured(results, n, key) for key in (
+    value, low, high = bootstrap(weakest, *(measure_of(results, n, key) for key in (
         'centred', 'gap') for n in names), draws=500)
     claims.append(claim(
         'V3 Stronger adversary, smaller logits: Spearman of eps with the mean largest logit '
         f'(centred) and with the gap is {-MONOTONE} or less in every seed',
         'after Shafahi et al. 2019',
         'largest of them {:+.2f} [{:+.2f}, {:+.2f}]; centred {}, gap {}'.format(
-            value, low, high, *(', '.join(f'{measured(results, n, key).mean():.2f}'
+            value, low, high, *(', '.join(f'{measure_of(results, n, key).mean():.2f}'
                                           for n in names) for key in ('centred', 'gap'))),
         'uninformative: collapsed model' if collapsed(results, *names) else
         effect_verdict(-high, -low, MONOTONE - 1e-9)))
@@ -1425,7 +1405,7 @@ def theory_claims(results, claims):
 
 def disagreement_claims(results, claims):
     """V6-V8."""
-    s, t, s2, t2 = (measured(results, n, 'odds') for n in ('STD', 'AT', "STD'", "AT'"))
+    s, t, s2, t2 = (measure_of(results, n, 'odds') for n in ('STD', 'AT', "STD'", "AT'"))
     bad = 'uninformative: collapsed model' \
         if collapsed(results, 'STD', 'AT', "STD'", "AT'") else None
 
@@ -1646,9 +1626,9 @@ def print_table(results):
         cells = ''
         for key in ('largest', 'centred', 'gap'):
             train = np.mean([v[name]['train'][key] for v in per_seed(results, 'logits')])
-            cells += f'{measured(results, name, key).mean():13.2f} ({train:5.2f})'
+            cells += f'{measure_of(results, name, key).mean():13.2f} ({train:5.2f})'
         common.log.info('%-12s%s%11.1f%%', name, cells,
-                        100 * measured(results, name, 'correct').mean())
+                        100 * measure_of(results, name, 'correct').mean())
     common.log.info('\n%-38s%9s%9s%9s%9s%9s%8s%8s', f"{results['lengths'][-1]} epochs", 'natural',
                     'PGD-CE', 'margin', 'worst', 'other', 'KL', 'flips')
     for name in ['AT net', *results['config']['students'], 'STD net']:
@@ -1687,17 +1667,16 @@ def make_parser():
     add('--distil-epochs', type=common.count, metavar='N', help='the students see')
     add('--student-arch', choices=common.ARCHS, metavar='NAME', help="(the teacher's)")
     add('--teacher', choices=[m for m in common.METHODS if m != 'standard'], default='pgd',
-        help='how the AT teacher is trained (pgd)')
+        metavar='M', help='how the AT teacher is trained (pgd)')
     add('--teacher-wrong', choices=('keep', 'drop'), default='keep',
-        help='training images that the AT teacher gets wrong (keep)')
-    add('--judged', type=float, choices=RADII, help='radius of the claims, as a share of --eps')
+        metavar='X', help='training images that the AT teacher gets wrong (keep)')
+    add('--judged', type=float, choices=RADII, metavar='X',
+        help='radius of the claims, as a share of --eps')
     add('--logit-images', type=common.count, metavar='N', help='clean test images at most, for '
         'the statistics of logits')
-    add('--margin-steps', type=common.count, help='of PGD on the margin')
-    add('--restarts', type=common.count, help='of PGD on the margin')
-    add('--apgd-steps', type=common.count)
-    add('--targets', type=common.count, help='classes APGD-T aims at')
-    add('--square-queries', type=common.count)
+    add('--margin-steps', type=common.count, metavar='N', help='of PGD on the margin')
+    add('--restarts', type=common.count, metavar='N', help='of PGD on the margin')
+    common.add_attack_flags(parser)
     return parser
 
 
@@ -1707,14 +1686,7 @@ def main(argv=None):
         args.students = list(NAMES) + [s for s in args.students if '/' in s]
     if len(set(args.students)) < len(args.students):
         raise common.UserError('--students must differ from each other')
-    if args.plot_only:
-        folder, results = common.open_results(args.plot_only)
-        config = results.get('config', {})
-        if any(f"student-{m}-e{config.get('distil_epochs')}-s{seed}" not in results
-               for m in config.get('students', [None]) for seed in config.get('seeds', [0])):
-            raise common.UserError(f'{folder} is no finished run of this study')
-    else:
-        folder, results = study(args)
+    folder, results = common.measured(args, study, 'logit_distill')
     print_table(results)
     draw(results, folder)
     judge(results, folder)

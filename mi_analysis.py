@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
-from scipy.stats import rankdata
 
 import common
 from common import METHOD_COLOURS, claim, effect_verdict, make_generator
@@ -792,12 +791,6 @@ def saturated(results, method, kind, layer):
     return not below_ceiling(results, method, kind)[-1, layer, QUANTITIES.index('x_lower')]
 
 
-def rank_correlation(a, b):
-    """Spearman's; nan where one is constant."""
-    a, b = rankdata(a), rankdata(b)
-    return np.corrcoef(a, b)[0, 1] if a.std() and b.std() else math.nan
-
-
 # -------------------------------------------------------------------------------- the figures
 
 KIND_STYLE = {'clean': dict(ls='-', marker='o'), 'adv': dict(ls='--', marker='P')}
@@ -1222,7 +1215,7 @@ def trend_claims(results, add):
         points = common_points(a, b)
 
         def median(u, v):
-            return np.median([rank_correlation(u[e, i, q], v[e, i, q])
+            return np.median([common.rank_correlation(u[e, i, q], v[e, i, q])
                               for (i, q), e in points.items()])
 
         found = interval(median, *(plane(results, *key) for key in (a, b))) if points else \
@@ -1419,7 +1412,7 @@ def geometry_claims(results, claims, add):
                 where.append(plane(results, method, kind, geometry).mean(0)[free])
         values, where = np.concatenate(values), np.concatenate(where)
         enough = len(values) >= 10
-        found = common.bootstrap(lambda a, b: rank_correlation(a[0], b[0]), values, where) \
+        found = common.bootstrap(lambda a, b: common.rank_correlation(a[0], b[0]), values, where) \
             if enough else (math.nan,) * 3
         add(f'V6 {text}: rank correlation over the {len(values)} layers and epochs below the '
             f'ceiling is at least {GEOMETRY} (interval: over them)', PAPER, found,
@@ -1500,20 +1493,19 @@ def make_parser(published=False):
         'see what difference they make')
     add('--measured', type=common.whole, metavar='N', help='epochs that are measured, at equal '
         'ratios (20; 0: all)')
-    add('--variance', type=common.positive, default=VARIANCE, help=f'of the noise ({VARIANCE})')
-    add('--bin-width', type=common.positive, default=BIN_WIDTH, help=f'({BIN_WIDTH})')
-    add('--test-steps', type=common.count, help='of PGD on the test images (7)')
-    add('--test-step-size', type=common.positive, help='(eps / 4; mnist: 8/255)')
+    add('--variance', type=common.positive, default=VARIANCE, metavar='X',
+        help=f'of the noise ({VARIANCE})')
+    add('--bin-width', type=common.positive, default=BIN_WIDTH, metavar='X',
+        help=f'({BIN_WIDTH})')
+    add('--test-steps', type=common.count, metavar='N', help='of PGD on the test images (7)')
+    add('--test-step-size', type=common.positive, metavar='X', help='(eps / 4; mnist: 8/255)')
     return parser
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = common.parse(make_parser('--as-published' in argv), argv)
-    if args.plot_only:
-        folder, results = common.open_results(args.plot_only)
-    else:
-        folder, results = study(args)
+    folder, results = common.measured(args, study, 'mi_analysis')
     print_table(results)
     draw(results, folder)
     judge(results, folder)

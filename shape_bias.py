@@ -208,12 +208,6 @@ def stage_maps(model, x, batch=250):
         yield name, x
 
 
-def logits_of(model, x, batch=250):
-    """Logits (N, K) in eval mode."""
-    with common.frozen(model), torch.no_grad():
-        return torch.cat([common.final_logits(model(b)) for b in x.split(batch)])
-
-
 # ----------------------------------------------------------------------------------- the views
 
 def derangement(k):
@@ -289,7 +283,7 @@ def phase_of(a, b):
     return torch.fft.ifft2(torch.polar(fb.abs(), fa.angle())).real.clamp(0, 1)
 
 
-def spread(n, most):
+def evenly(n, most):
     """Indices of at most so many of n, evenly spaced: image folders are sorted by class."""
     return torch.linspace(0, n - 1, min(n, most)).round().long()
 
@@ -911,7 +905,7 @@ def right_under_attack(args, model, x, y):
     return common.correct_under(model, x, y, attack)
 
 
-def conflict_sets(args, data, stimuli):
+def conflict_sets(data, stimuli):
     """{name: (images, cue 1, cue 2, groups)}: images on which two cues name two classes."""
     sets = {}
     if data:
@@ -936,7 +930,7 @@ def measure_conflicts(models, sets, stimuli, classes):
     out = {arm: {} for arm in models}
     for arm, model in models.items():
         for name, (x, _, _, groups) in sets.items():
-            logits = logits_of(model, x)
+            logits = common.logits_of(model, x)
             out[arm][name] = common.pack(decide(logits, groups).short())
             if name == 'stimuli' and len(classes) != 1000:
                 category = torch.full((len(classes),), -1, dtype=torch.long)
@@ -948,11 +942,11 @@ def measure_conflicts(models, sets, stimuli, classes):
             if stimuli and stimuli[name]:
                 x, y = stimuli[name]
                 groups = list(stimuli['conflict'][3].values())
-                out[arm][name] = common.pack(decide(logits_of(model, x), groups).cpu() == y)
+                out[arm][name] = common.pack(decide(common.logits_of(model, x), groups).cpu() == y)
     return out
 
 
-def measure_concepts(args, data, models, main, probe):
+def measure_concepts(data, models, main, probe):
     """Dissection of every network at every threshold, and concept ablation of S and R."""
     names = [category for category, _ in probe['concepts']]
     ids = [sorted(set(names)).index(c) for c in names]
@@ -969,7 +963,7 @@ def measure_concepts(args, data, models, main, probe):
                 number=common.pack(detectors(iou)[..., named].sum(-1).short())))
     ablation = None
     if data and 'standard' in models and main in models:
-        some = spread(len(data.test[1]), 250)
+        some = evenly(len(data.test[1]), 250)
         x, y = (v[some.to(v.device)] for v in data.test)
         x = common.to_float(x)
         sets = dict(natural=x, noise=corrupt(x, 'noise', 1))
@@ -995,7 +989,7 @@ def measure_reversed(pair, size, args, y_device):
                images=common.pack(x[:4]))
     for name, model in pair.items():
         out[name] = dict(
-            decisions=common.pack(logits_of(model, common.to_float(x)).argmax(1).short()),
+            decisions=common.pack(common.logits_of(model, common.to_float(x)).argmax(1).short()),
             natural=common.correct_under(model, plain, y).float().mean().item(),
             robust=right_under_attack(args, model, plain, y).float().mean().item())
     return out
@@ -1063,7 +1057,7 @@ def study(args):
         shape, classes = data.shape, data.classes
     results = common.load_results(folder, config, __file__, args.fresh)
     stimuli = load_stimuli(args.cue_conflict_dir, classes, shape, device)
-    sets = conflict_sets(args, data, stimuli)
+    sets = conflict_sets(data, stimuli)
     probe = natural_probe(data, sets, device)
     masked = read_probe(args.probe_dir, shape[-1], shape[0], device) if args.probe_dir else \
         probe if 'masks' in probe else None
@@ -1092,12 +1086,12 @@ def study(args):
             measure('views', lambda: measure_views(args, data, models))
         measure('conflict', lambda: measure_conflicts(models, sets, stimuli, classes))
         measure('filters', lambda: {arm: smoothness(m) for arm, m in models.items()})
-        some = spread(len(probe['x']), 500).to(device)
+        some = evenly(len(probe['x']), 500).to(device)
         measure('maps', lambda: {arm: map_variation(m, probe['x'][some])
                                  for arm, m in models.items()})
         measure('inputs', lambda: {arm: input_types(m, probe) for arm, m in models.items()})
         if masked:
-            measure('concepts', lambda: measure_concepts(args, data, models, main, masked))
+            measure('concepts', lambda: measure_concepts(data, models, main, masked))
         exact = sets.get('shapes') or sets.get('stimuli')
         if exact:
             x, first, second, groups = exact
@@ -1148,7 +1142,7 @@ def natural_probe(data, sets, device):
     if data and data.name == 'shapes':
         return make_probe(PROBES, data.shape[-1], device)
     if data:
-        x, y = (v[spread(len(v), PROBES).to(v.device)] for v in data.test)
+        x, y = (v[evenly(len(v), PROBES).to(v.device)] for v in data.test)
         return dict(x=common.to_float(x), labels={'class': y.cpu()})
     x, shape, texture, _ = sets['stimuli']
     return dict(x=x, labels=dict(shape=shape, texture=texture))
@@ -1305,7 +1299,7 @@ def first_seed(results):
     return ' (first seed)' if len(results['config']['seeds']) > 1 else ''
 
 
-def called(results, arm):
+def called(arm):
     """The arm in a legend."""
     return f'robust, {arm}' if arm.startswith(('eps', 'l2')) else \
         'trained on random textures' if arm == 'random textures' else arm
@@ -1368,7 +1362,7 @@ def points_with_intervals(axis, results, arms, interval, crosses=None, crossed='
         if crosses:
             axis.plot(i, 100 * crosses[arm], 'x', ms=6, color=colours(results)[arm],
                       label=crossed if i == 0 else None)
-    axis.set_xticks(range(len(arms)), [called(results, a).replace(' ', '\n', 2).replace(
+    axis.set_xticks(range(len(arms)), [called(a).replace(' ', '\n', 2).replace(
         'eps\n', 'eps ') for a in arms], fontsize=7)
     axis.set(ylim=(-3, 103), xlim=(-0.5, len(arms) - 0.5))
 
@@ -1382,7 +1376,7 @@ def figure_bias(results, folder):
         s, t = decided(results, arm, name)
         rates = [100 * shape_bias(s[:, cues == k], t[:, cues == k]) for k in range(len(classes))]
         axes[0, 0].plot(rates, range(len(classes)), 'o', ms=5, color=colours(results)[arm],
-                        label=called(results, arm))
+                        label=called(arm))
         axes[0, 0].axvline(100 * shape_bias(s, t), color=colours(results)[arm], lw=1)
     axes[0, 0].set_yticks(range(len(classes)), classes)
     axes[0, 0].set(xlim=(-3, 103), xlabel='shape bias: decided for the shape, of those decided\n'
@@ -1413,7 +1407,7 @@ def figure_missing(results, folder):
         natural = seen(results, arm, 'natural/natural')
         values = [100 * kept(seen(results, arm, n), natural, classes) for n in names]
         axis.plot(values, range(len(names)), 'o', ms=6, alpha=0.8, color=colours(results)[arm],
-                  label=called(results, arm))
+                  label=called(arm))
     axis.axvline(0, color='0.6', ls='--', lw=1, label='chance')
     axis.axhline(len(in_group(results, 'texture-less')) - 0.5, color='0.3', lw=0.8)
     axis.set_yticks(range(len(names)), [n.split('/')[1] for n in names])
@@ -1433,7 +1427,7 @@ def figure_corruptions(results, folder):
                 y = [100 * seen(results, arm, v).mean()
                      for v in ['natural/natural', *in_group(results, name)]]
                 axis.plot(range(6), y, marker='o', ms=3.5, color=colours(results)[arm],
-                          label=called(results, arm))
+                          label=called(arm))
         axis.axhline(100 / len(results['classes']), color='0.6', ls='--', lw=1, label='chance')
         axis.set(title=name, ylim=(-3, 103))
     for axis in axes[1]:
@@ -1456,7 +1450,7 @@ def figure_frequency(results, folder):
             y = [100 * kept(seen(results, arm, v), natural, len(results['classes']))
                  for v in in_group(results, group)]
             axis.plot(BANDS, y, marker='o', ms=3.5, color=colours(results)[arm],
-                      label=called(results, arm))
+                      label=called(arm))
         axis.axhline(0, color='0.6', ls='--', lw=1, label='chance')
         axis.set(title=f'{group}: frequencies {text} ...', ylim=(-8, 108),
                  xlabel='share of the Nyquist frequency')
@@ -1489,10 +1483,10 @@ def figure_filters(results, folder):
             w = filters[arm][c]
             w = w[:3] if len(w) >= 3 else w[:1]
             common.show_image(axis, 0.5 + 0.5 * w / max(np.abs(w).max(), 1e-9))
-        row[0].set_ylabel(called(results, arm).replace(', ', ',\n'), rotation=0, ha='right',
+        row[0].set_ylabel(called(arm).replace(', ', ',\n'), rotation=0, ha='right',
                           va='center')
     fig.suptitle('First convolution: the 16 filters of largest weights in '
-                 f'{called(results, arms[-1])}, and the same channels before; each scaled to '
+                 f'{called(arms[-1])}, and the same channels before; each scaled to '
                  'its own range, grey is 0' + first_seed(results), fontsize=8)
     common.save_figure(fig, folder, 'fig6_filters')
 
@@ -1507,7 +1501,7 @@ def figure_smoothness(results, folder):
             jitter = np.random.default_rng(0).uniform(-0.2, 0.2, len(v))
             axis.plot(i + jitter, v, '.', color=colours(results)[arm], ms=4, alpha=0.6)
             axis.plot([i - 0.3, i + 0.3], [mean(v)] * 2, color=colours(results)[arm],
-                      label=called(results, arm))
+                      label=called(arm))
         axis.set(title='first layer, every filter' + first_seed(results), ylabel=text, xticks=[])
     for arm in results['arms']:
         means = [mean(units(results, 'filters', arm, 'tv', [i]))
@@ -1532,7 +1526,7 @@ def figure_noise(results, folder):
         for arm in (a for a in results['arms'] if a in ('standard', results['robust'])):
             clean, noisy = common.unpack(runs(results, 'maps', arm)[0][i]['channel'])
             axis.plot(clean, noisy, '.', ms=5, alpha=0.6, color=colours(results)[arm],
-                      label=called(results, arm))
+                      label=called(arm))
         high = axis.get_xlim()[1]
         axis.plot([0, high], [0, high], color='0.5', lw=1, label='noise changes nothing')
         axis.set(title=stages[i], xlabel='natural images')
@@ -1551,7 +1545,7 @@ def figure_dissection(results, folder):
         label = labelled(results, arm)
         axes[0, 0].bar(np.arange(len(categories)) + i * width - 0.4,
                        [100 * (label == c).mean() for c in categories], width, align='edge',
-                       color=colours(results)[arm], label=called(results, arm))
+                       color=colours(results)[arm], label=called(arm))
         for axis, category in zip(axes[0, 1:], categories):
             axis.semilogx(TAUS, [100 * (labelled(results, arm, t) == category).mean()
                                  for t in TAUS], marker='o', ms=3.5,
@@ -1577,7 +1571,7 @@ def figure_inputs(results, folder):
         for arm in results['arms']:
             means = [mean(units(results, 'inputs', arm, name, [i])) for i in range(len(stages))]
             axis.plot(range(len(stages)), means, marker='o', ms=3.5,
-                      color=colours(results)[arm], label=called(results, arm))
+                      color=colours(results)[arm], label=called(arm))
         axis.axhline(chance[name], color='0.6', ls='--', lw=1, label='random images')
         axis.set(title={'patches': 'distance of patches', 'joint': 'all three'}.get(
             name, 'number of classes' if name == 'class' else f'number of {name}s'),
@@ -1607,7 +1601,7 @@ def figure_ablation(results, folder):
         lean = lean[np.isfinite(lean)]
         text = f'{100 * lean.mean():.0f} % of the channels\nthat matter are above the line' \
             if len(lean) else 'no channel matters alone'
-        axis.set(title=f'{called(results, arm)}: {text}', xlabel='texture decisions lost (%)')
+        axis.set(title=f'{called(arm)}: {text}', xlabel='texture decisions lost (%)')
     axes[0, 0].set_ylabel('shape decisions lost (%)')
     fig.suptitle('Each dot: one channel set to zero' + first_seed(results))
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right center')
@@ -1631,7 +1625,7 @@ def figure_concept_ablation(results, folder):
             base, without, random = 100 * np.array([found[c][arm][name] for c in categories]).T
             at = np.arange(len(categories)) + 0.4 * i - 0.38
             axis.bar(at, base - without, 0.36, align='edge', color=colours(results)[arm],
-                     label=called(results, arm))
+                     label=called(arm))
             axis.hlines(base - random, at, at + 0.36, color='#56B4E9', lw=2.5,
                         label='as many random channels' if i else None)
         axis.set_xticks(range(len(categories)), [
@@ -1659,7 +1653,7 @@ def figure_dimensions(results, folder):
                            for stage in run] for run in runs(results, 'dimensions', arm)], 0)
         for axis, values in zip(axes[0], shares.T):
             axis.plot(range(len(shares)), 100 * values, marker='o', ms=3.5,
-                      color=colours(results)[arm], label=called(results, arm))
+                      color=colours(results)[arm], label=called(arm))
     for axis, name in zip(axes[0], ('outline', 'texture')):
         axis.axhline(100 / (2 + math.e), color='0.6', ls='--', lw=1, label='nothing encoded')
         axis.set(title=f'dimensions for {name}', xlabel='stage')
@@ -2227,12 +2221,7 @@ def make_parser():
 
 def main(argv=None):
     args = common.parse(make_parser(), argv)
-    if args.plot_only:
-        folder, results = common.open_results(args.plot_only)
-        if not {'robust', 'cues', 'gallery'} <= set(results):
-            raise common.UserError(f'{folder} is no finished run of this study')
-    else:
-        folder, results = study(args)
+    folder, results = common.measured(args, study, 'shape_bias')
     print_table(results)
     draw(results, folder)
     judge(results, folder)

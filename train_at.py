@@ -12,8 +12,6 @@ Outputs    runs/train_at/<dataset>-<arch>/: results.json, metrics.csv, claims.md
            fig1_training  fig2_attacks  fig3_eps  fig4_perturbations  fig5_loss_surface
            fig6_gradients  fig7_classes   (each .png and .pdf)
 """
-from functools import partial
-
 import numpy as np
 import torch
 
@@ -41,46 +39,23 @@ SATURATED = 0.99          # natural accuracy that leaves no room for a differenc
 
 # ---------------------------------------------------------------------------- the experiment
 
-def evaluation_attacks(args, device, seed):
-    """The attacks every model faces: {name: function (model, x, y) -> x_adv}."""
-    def generator(name):
-        return common.make_generator('evaluate', name, seed, device=device)
-
-    shared = dict(eps=args.eps, norm=args.norm)
-    attacks = {'fgsm': partial(common.fgsm, **shared)}
-    for name, step in ((pgd_name(args), args.eps / 4), ('pgd100', args.eps / 10)):
-        attacks[name] = partial(common.pgd, **shared, steps=int(name[3:]), step_size=step,
-                                drop_fooled=True, generator=generator(name))
-    attacks['apgd_ce'] = partial(common.apgd, **shared, steps=args.apgd_steps,
-                                 generator=generator('apgd_ce'))
-    attacks['apgd_t'] = partial(common.apgd, **shared, steps=args.apgd_steps,
-                                targets=args.targets, generator=generator('apgd_t'))
-    if args.norm == 'linf':
-        attacks['square'] = partial(common.square, eps=args.eps, queries=args.square_queries,
-                                    generator=generator('square'))
-    return attacks
-
-
-def pgd_name(args):
-    """The usual PGD of the literature: 40 steps on MNIST and its kin, 20 elsewhere."""
-    return 'pgd40' if args.dataset.endswith('mnist') else 'pgd20'
-
-
 def evaluate_model(args, data, result, seed, device):
     """Everything measured on one trained model. Arrays are packed for results.json."""
     model = common.restore(result, 'best', args, data, device)
     x, y = data.test
+    steps = 40 if args.dataset.endswith('mnist') else 20  # as usual in the literature
     correct = {'natural': common.correct_under(model, x, y)}
-    for name, attack in evaluation_attacks(args, device, seed).items():
+    for name, attack in common.evaluation_attacks(args, seed, device, pgd_steps=steps).items():
         correct[name] = common.correct_under(model, x, y, attack)
         common.log.info('  %-8s robust accuracy %.3f', ATTACK_NAMES[name],
                         (correct[name] & correct['natural']).float().mean())
     correct['worst'] = torch.stack(list(correct.values())).all(0)
-    few = ('natural', 'fgsm', pgd_name(args))
+    few = ('natural', 'fgsm', f'pgd{steps}')
     correct_last = {name: correct[name] for name in few}
     if result['best_epoch'] < len(result['history']):
         last = common.restore(result, 'last', args, data, device)
-        attacks = evaluation_attacks(args, device, seed)  # anew: the same random starts
+        # made anew: the same random starts
+        attacks = common.evaluation_attacks(args, seed, device, pgd_steps=steps)
         correct_last = {name: common.correct_under(last, x, y, attacks.get(name))
                         for name in few}
     masking = common.masking_check(
@@ -436,14 +411,9 @@ def main(argv=None):
     parser = common.make_parser(__doc__, DEFAULTS)
     parser.add_argument('--methods', nargs='+', choices=common.METHODS, metavar='M',
                         help='of ' + ', '.join(common.METHODS))
-    parser.add_argument('--apgd-steps', type=common.count)
-    parser.add_argument('--targets', type=common.count, help='classes APGD-T aims at')
-    parser.add_argument('--square-queries', type=common.count)
+    common.add_attack_flags(parser)
     args = common.parse(parser, argv)
-    if args.plot_only:
-        folder, results = common.open_results(args.plot_only)
-    else:
-        folder, results = study(args)
+    folder, results = common.measured(args, study, 'train_at')
     print_table(results)
     draw(results, folder)
     judge(results, folder)

@@ -372,7 +372,7 @@ def test_attacks_reach_the_exact_robust_accuracy(exact):
     for model in (std, at):
         truth = exact_radius(model, x, y) > EPS
         left = common.correct_under(model, x, y)
-        for name, attack in ld.evaluation_attacks(args, EPS, 0, torch.device('cpu')).items():
+        for name, attack in ld.attacks_on_student(args, EPS, 0, torch.device('cpu')).items():
             held = common.correct_under(model, x, y, attack)
             assert not (truth & ~held).any(), name  # no attack beats the truth
             left = left & held

@@ -363,7 +363,7 @@ def test_zeroing_the_last_stage_takes_its_term_off_the_logits():
     model = trained_looking('small-cnn')
     groups = [[k] for k in range(10)]
     *_, (name, maps) = sb.stage_maps(model, X)
-    pooled, logits = maps.mean((2, 3)), sb.logits_of(model, X)
+    pooled, logits = maps.mean((2, 3)), common.logits_of(model, X)
     before = logits.argmax(1)
     shape, texture = before.clone(), (before + 1) % 10
     shape[10:], texture[10:] = texture[10:].clone(), before[10:]
@@ -381,7 +381,7 @@ def test_zeroing_the_last_stage_takes_its_term_off_the_logits():
 
 def test_accuracy_without_channels():
     model = trained_looking('small-cnn')
-    right = (sb.logits_of(model, X).argmax(1) == Y).float().mean().item()
+    right = (common.logits_of(model, X).argmax(1) == Y).float().mean().item()
     assert sb.accuracy_without(model, X, Y, {}) == pytest.approx(right)
     everything = {'stage3': torch.arange(128)}
     constant = (Y == model.fc.bias.argmax()).float().mean().item()
