@@ -1,15 +1,23 @@
 """What goes wrong at users' places: mistakes, broken files, full disks, interruptions, two runs
 at once, masked gradients. One line and exit code 2, or a clean resume; nothing is lost."""
+import contextlib
+import csv
+import errno
 import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import pickle
+import random
 import re
+import resource
+import shutil
 import struct
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from urllib.error import URLError
@@ -413,6 +421,9 @@ MISFITS = {
     'weights of another network': lambda right: saved(right | {
         k: shrunk(right[k]) for k in ('model', 'best') if k in right})}
 FIRST = (*((script, 'network') for script in SCRIPTS), ('dimpled_manifold', 'autoencoder'))
+# where the weights of some epochs are missing, too, these two train again in another file
+CASES = [(*what, how) for what in FIRST for how in BROKEN | WRONG | MISFITS if not (
+    how in MISFITS and what in (('mi_analysis', 'network'), ('dimpled_manifold', 'network')))]
 
 
 @pytest.fixture(scope='module')
@@ -441,16 +452,13 @@ def first_checkpoint(tmp_path_factory):
     return find
 
 
-@pytest.mark.parametrize('what', FIRST, ids=' '.join)
-@pytest.mark.parametrize('how', BROKEN | WRONG | MISFITS)
-def test_checkpoints_that_are_none(what, how, first_checkpoint, capsys):
-    path, right = first_checkpoint(*what)
-    if how in MISFITS and what in (('mi_analysis', 'network'), ('dimpled_manifold', 'network')):
-        pytest.skip('trains again where the weights of some epochs are missing')
+@pytest.mark.parametrize('script,kind,how', CASES)
+def test_checkpoints_that_are_none(script, kind, how, first_checkpoint, capsys):
+    path, right = first_checkpoint(script, kind)
     path.parent.mkdir(parents=True)
     path.write_bytes((BROKEN | WRONG | MISFITS)[how](right))
     before = files('runs/models')
-    refused(main(what[0], '--epochs', '2'), f'{re.escape(str(path))} .*delete it', capsys)
+    refused(main(script, '--epochs', '2'), f'{re.escape(str(path))} .*delete it', capsys)
     after = files('runs/models')
     assert {k: after[k] for k in before} == before and not Path('created').exists()
     assert all('autoencoder' in k for k in after.keys() - before.keys())
@@ -487,3 +495,300 @@ def test_foreign_weights_that_are_none(how, capsys):
     refused(partial(common.make_model, 'lenet5', 10, (1, 28, 28), weights=path), 'weights.pt',
             capsys)
     assert files() == before
+
+
+# -------------------------------------------------------------------- results of other studies
+
+RESULTS = {'train_at': 'shapes', 'mi_analysis': 'mi-shapes', 'cifs': 'cifs-shapes',
+           'shape_bias': 'shape-bias-shapes', 'logit_distill': 'logit-shapes',
+           'dimpled_manifold': 'dimpled-shapes'}  # below docs/results
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_only_finished_runs_of_the_same_study_are_redrawn(script, capsys):
+    plot = main(script, '--plot-only', 'run')
+    refused(plot, 'run holds no readable results.json', capsys)
+    Path('run').mkdir()
+    Path('run/results.json').mkdir()
+    refused(plot, 'run holds no readable results.json', capsys)
+    Path('run/results.json').rmdir()
+    contents = {name: (ROOT / 'docs/results' / folder / 'results.json').read_bytes()
+                for name, folder in RESULTS.items()}
+    own = json.loads(contents.pop(script))
+    assert own.pop('finished') == script  # and without that it is another run's, or not yet
+    wrong = [b'[]', b'null', b'3', b'{}', b'{"config": {}}', json.dumps(own).encode(),
+             *contents.values()]
+    for text, message in [(b'', 'readable'), (b'{"config": {', 'readable'),
+                          (b'\xff\xfe', 'readable'), *((v, f'finished run of {script}')
+                                                       for v in wrong)]:
+        Path('run/results.json').write_bytes(text)
+        refused(plot, f'run holds no {message}', capsys)
+        assert files('run') == {'run/results.json': text} and not Path('runs').exists()
+
+
+# ------------------------------------------------------------------------------------ output
+
+@contextlib.contextmanager
+def small_files(limit):
+    """Inside, no file of this process may grow beyond so many bytes: a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_output_that_cannot_be_written(script, capsys):
+    Path('file').write_text('mine')
+    for out in ('file', 'file/below', '/dev/full'):
+        refused(main(script, '--out', out), f'(Not a directory|File exists): {out}', capsys)
+    assert files() == {'file': b'mine'}
+    Path('runs').mkdir()
+    Path('runs/models').write_text('mine')
+    refused(main(script), '(Not a directory|File exists): runs/models', capsys)
+    assert {Path(p).name for p in files('runs')} == {'models', 'config.json', 'log.txt'}
+    assert Path('runs/models').read_text() == 'mine'
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
+def test_a_folder_without_permission(capsys):
+    Path('runs').mkdir(0o500)
+    refused(main('train_at'), 'Permission denied: runs', capsys)
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+@pytest.mark.parametrize('limit', (100, 20_000))
+def test_a_full_disk(script, limit, capsys):
+    """Before anything is written, and where the first checkpoint does not fit."""
+    with small_files(limit):
+        refused(main(script), 'File too large', capsys)
+    left = files('runs')
+    assert {Path(p).name for p in left} <= {'config.json', 'log.txt'}
+    assert max(map(len, left.values()), default=0) <= limit
+    if limit > 100:
+        assert Path('runs/models').is_dir() and files('runs/models') == {}
+
+
+@pytest.mark.parametrize('name', ('results.json', 'metrics.csv', 'claims.md', 'fig.png', 'log.txt'))
+def test_a_full_disk_at_the_end(name, capsys):
+    """Whatever is written then keeps its last whole version, and no file of another name."""
+    def write(n):
+        common.start_log('log.txt')
+        if name == 'results.json':
+            common.write_json(name, list(range(n)))
+        elif name == 'metrics.csv':
+            common.write_metrics(name, [dict(epoch=i) for i in range(n)])
+        elif name == 'claims.md':
+            common.write_claims(n * [common.claim('text', 'source', '1', 'supported')], '.')
+        elif name == 'fig.png':
+            figure, axes = common.new_figure()
+            axes[0, 0].imshow(np.random.default_rng(0).random((n, n)))
+            common.save_figure(figure, '.', 'fig')
+        for _ in range(n if name == 'log.txt' else 0):
+            common.log.info('a line')
+
+    write(2)
+    before = files()
+    with small_files(len(before[name]) + 1000):
+        refused(partial(write, 1000), 'File too large', capsys)
+    after = files()
+    if name == 'log.txt':
+        assert after['log.txt'].startswith(before['log.txt'])
+    else:
+        assert after | before == after and before[name] == after[name]
+    assert after.keys() == before.keys()
+
+
+# ----------------------------------------------------------------------------- interruptions
+
+def around(monkeypatch, meet):
+    """Call meet(moment) before and after whatever a crash could catch half done, and half-way
+    through the writing of a file."""
+    def patch(owner, name, half=None):
+        function = getattr(owner, name)
+
+        def patched(*args, **options):
+            meet(f'before {name}')
+            if half:
+                try:
+                    meet(f'during {name}')
+                except BaseException:
+                    function(args[0], args[1][:len(args[1]) // 2])
+                    raise
+            result = function(*args, **options)
+            meet(f'after {name}')
+            return result
+        monkeypatch.setattr(owner, name, patched)
+
+    patch(torch.optim.SGD, 'step')
+    patch(common, 'correct_under')
+    patch(os, 'replace')
+    patch(Path, 'write_bytes', half=True)
+    patch(Path, 'write_text', half=True)
+
+
+def plain(obj):
+    """Something that can be compared, without what a clock has measured."""
+    if isinstance(obj, dict):
+        return {str(k): plain(v) for k, v in obj.items() if k not in ('seconds', 'cost')}
+    if isinstance(obj, (list, tuple)):
+        return [plain(v) for v in obj]
+    if torch.is_tensor(obj):
+        return str(obj.dtype), obj.shape, obj.numpy().tobytes()
+    return repr(obj)
+
+
+def outcome(folder='runs'):
+    """{path: contents} of all that a study leaves, every file checked to be whole."""
+    found = {}
+    for path in sorted(p for p in Path(folder).rglob('*') if p.is_file()):
+        if path.suffix == '.pt':
+            found[str(path)] = plain(torch.load(path, weights_only=True))
+        elif path.suffix == '.json':
+            found[str(path)] = plain(json.loads(path.read_text()))
+        elif path.suffix == '.csv':
+            found[str(path)] = [plain(row) for row in csv.DictReader(path.open())]
+        elif path.suffix != '.txt':
+            found[str(path)] = path.read_text()
+    assert not [p for p in found if Path(p).name.startswith('.')]  # nothing temporary
+    return found
+
+
+def assert_interruptions_do_no_harm(run, monkeypatch, capsys, times=20):
+    """Stop run() at `times` random moments, by Ctrl-C or a full disk, starting it again each
+    time; whenever it reaches its end, what it leaves is what a run left alone leaves."""
+    met, first, lengths, stops = [], [], [], []
+    rng, expected, stop, error = random.Random(0), None, None, None
+
+    def meet(moment):
+        met.append(moment)
+        if stop and moment == stop[0] and met.count(moment) == stop[1]:
+            stops.append(moment)
+            raise error
+
+    around(monkeypatch, meet)
+    while expected is None or len(stops) < times or stop:
+        stop, error = None, rng.choice((KeyboardInterrupt(), OSError(errno.ENOSPC, 'disk full')))
+        if expected and len(stops) < times:
+            stop = rng.choice(sorted(set(first)))
+            stop = stop, rng.randint(1, 1 + first.count(stop) // 3)
+        met.clear()
+        capsys.readouterr()
+        try:
+            common.entry(run)
+        except SystemExit as exit_:
+            stderr = capsys.readouterr().err
+            if isinstance(error, KeyboardInterrupt):
+                assert exit_.code == 130 and 'the same command continues' in stderr
+            else:
+                assert exit_.code == 2 and stderr == 'error: disk full: while writing\n'
+            assert met.count(stop[0]) == stop[1]
+            outcome()  # of whole files
+        else:
+            lengths.append(len(met))
+            first = first or list(met)
+            expected = expected or outcome()
+            assert outcome() == expected
+            shutil.rmtree('runs')
+    assert min(lengths) < lengths[0] / 2  # what had been done was not done again
+    assert len(set(stops)) > 0.7 * len(set(first))
+
+
+def test_a_training_interrupted_twenty_times(monkeypatch, capsys):
+    """Dropout, a weight average, and weights kept within and after epochs."""
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = torch.nn.Sequential(
+                torch.nn.Flatten(), torch.nn.Linear(3072, 8), torch.nn.BatchNorm1d(8),
+                torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 10))
+
+        def forward(self, x):
+            return self.net(x)
+
+    def run():
+        common.train_model(args, data, 'pgd', 0, torch.device('cpu'), build=lambda *_: Net(),
+                           keep=(0, 0.5, 1, 2.5, 4, 6))
+
+    args = common.parse(common.make_parser(''), [*SMALL, '--epochs', '6', '--ema', '0.9'])
+    data = common.load_data('shapes', train_size=40, test_size=20)
+    assert_interruptions_do_no_harm(run, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize('script', ('train_at', *(pytest.param(
+    script, marks=pytest.mark.slow) for script in SCRIPTS if script != 'train_at')))
+def test_a_study_interrupted_twenty_times(script, monkeypatch, capsys):
+    for name in ('draw', 'judge_claims' if script == 'dimpled_manifold' else 'judge'):
+        monkeypatch.setattr(SCRIPTS[script], name, lambda results, folder: None)
+    run = main(script, '--epochs', '2', *(['--seeds', '0', '1'] if script != 'train_at' else []))
+    assert_interruptions_do_no_harm(run, monkeypatch, capsys)
+
+
+# ---------------------------------------------------------------------------- two runs at once
+
+class Turns:
+    """Threads of which one runs at a time; at every meeting a random one goes on."""
+
+    def __init__(self, seed):
+        self.rng, self.who = random.Random(seed), threading.local()
+        self.waiting, self.alive, self.turn = threading.Condition(), [], 0
+
+    def meet(self, moment=None):
+        if hasattr(self.who, 'number'):  # else not one of ours
+            with self.waiting:
+                self.turn = self.rng.choice(self.alive)
+                self.waiting.notify_all()
+                self.waiting.wait_for(lambda: self.turn == self.who.number, timeout=60)
+
+    def run(self, *functions):
+        """Run them all; returns what they raised, or None, in their order."""
+        raised = [None] * len(functions)
+
+        def body(number):
+            self.who.number = number
+            with self.waiting:
+                self.waiting.wait_for(lambda: self.turn == number, timeout=60)
+            try:
+                functions[number]()
+            except BaseException as error:
+                raised[number] = error
+            with self.waiting:
+                self.alive.remove(number)
+                self.turn = self.alive[0] if self.alive else None
+                self.waiting.notify_all()
+
+        self.alive = list(range(len(functions)))
+        threads = [threading.Thread(target=body, args=(i,)) for i in self.alive]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return raised
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_two_runs_at_once(seed, monkeypatch):
+    """In odd rounds one of the two is stopped somewhere."""
+    turns, count = Turns(seed), 0
+
+    def meet(moment):
+        nonlocal count
+        turns.meet()
+        if seed % 2 and getattr(turns.who, 'number', 0) == 1:
+            count += 1
+            if count == 40 + 10 * seed:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(SCRIPTS['train_at'], 'draw', lambda results, folder: None)
+    run = main('train_at')
+    Path('alone').mkdir()
+    with contextlib.chdir('alone'):
+        run()
+        expected = outcome()
+    around(monkeypatch, meet)
+    raised = turns.run(run, run)
+    assert raised[0] is None and isinstance(raised[1], KeyboardInterrupt if seed % 2 else type(None))
+    assert outcome() == expected
