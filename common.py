@@ -370,7 +370,8 @@ def short_hash(obj):
 def atomic(path):
     """Yield a temporary path that replaces `path` when the block succeeds."""
     path = Path(path)
-    temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
+    # random: in two containers on one disk the process numbers may be the same
+    temporary = path.with_name(f'.{path.stem}.{os.urandom(4).hex()}{path.suffix}')
     try:
         yield temporary
         os.replace(temporary, path)
@@ -378,13 +379,18 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
+def to_json(obj):
+    """JSON, with numpy and torch scalars and arrays as plain numbers."""
+    return json.dumps(obj, indent=1, default=lambda v: v.tolist())
+
+
 def write_json(path, obj):
-    """Write JSON atomically, with numpy and torch scalars and arrays as plain numbers. Like
-    whatever writes, this does nothing in any process but the first."""
+    """Write JSON atomically. Like whatever writes, this does nothing in any process but the
+    first."""
     if not first():
         return
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(obj, indent=1, default=lambda v: v.tolist()))
+        temporary.write_text(to_json(obj))
 
 
 # -------------------------------------------------------------------------------- 2. Shapes
@@ -2177,14 +2183,16 @@ def _load_results(folder, config, script, fresh):
     path = Path(folder, 'results.json')
     code = short_hash([Path(f).read_text() for f in (script, __file__)])
     empty = dict(config=config, code=code)
-    if fresh or not path.exists():
+    if fresh:
+        path.unlink(missing_ok=True)  # for `measure`, too
+    if not path.exists():
         return empty
     try:
         results = json.loads(path.read_text())
     except ValueError:
         log.warning('%s is not readable: measuring again', path)
         return empty
-    if results.get('config') != json.loads(json.dumps(config)):
+    if not isinstance(results, dict) or results.get('config') != json.loads(json.dumps(config)):
         return empty
     if results.get('code') != code:
         log.info('the code has changed since %s was written: measuring again', path)
@@ -2208,26 +2216,37 @@ def measured(args, study, name):
 
 
 def measure(results, key, function, folder):
-    """results[key], computed by function() once and saved at once."""
+    """results[key], computed by function() once and saved at once, together with what another
+    run of the same command has saved meanwhile."""
+    def others():
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return {}
+        same = isinstance(found, dict) and all(
+            found.get(k) == json.loads(to_json(results.get(k))) for k in ('config', 'code'))
+        return found if same else {}
+
+    path = Path(folder, 'results.json')
     if key not in results:
         results[key] = function()
-        write_json(Path(folder, 'results.json'), results)
-        results[key] = agreed(
-            lambda: json.loads(json.dumps(results[key], default=lambda v: v.tolist())))
+        for k, v in agreed(others).items():
+            results.setdefault(k, v)
+        write_json(path, results)
+        results[key] = agreed(lambda: json.loads(to_json(results[key])))
     return results[key]
 
 
-def finish(folder):
+def finish(folder, results):
     """Mark a study as finished; returns its results as the file has them. Only the first
     process returns: tables, figures and claims are for one."""
     if not first():
         sys.exit()
     path = Path(folder, 'results.json')
-    results = json.loads(path.read_text())
-    if 'finished' not in results:
-        results['finished'] = path.parent.parent.name
+    results = results | dict(finished=path.parent.parent.name)
+    if not path.exists() or path.read_text() != to_json(results):
         write_json(path, results)
-    return results
+    return json.loads(to_json(results))  # not the file, which a run beside this one may write
 
 
 def rank_correlation(a, b):

@@ -1481,7 +1481,7 @@ def study(args):
         measure('causes-images', lambda: study_causes([image_scores(data)] * PLANE['seeds']))
     rows, later = [], {'images', 'training', 'labels', 'sizes'} & set(args.parts)
     if not later:
-        return folder, common.finish(folder)
+        return folder, common.finish(folder, results)
     autoencoders = {k: train_autoencoder(args, data, k, device) for k in args.latent}
     main = autoencoders[args.latent[0]][0]
     results['autoencoders'] = {k: dict(
@@ -1515,8 +1515,7 @@ def study(args):
         measure(f'labels-s{seed}', lambda: study_labels(
             args, data, trained['standard'], main, seed, device))
         measure(f'sizes-s{seed}', lambda: study_sizes(args, data, main, seed, device))
-    common.write_json(folder / 'results.json', results)
-    return folder, common.finish(folder)
+    return folder, common.finish(folder, results)
 
 
 # --------------------------------------------------------------------------- reading results

@@ -795,7 +795,7 @@ def study(args):
             common.log.info('  %-34s natural %.3f  worst case %.3f, %.3f',
                             student_name(student), unpack(found['natural']).mean(),
                             *(unpack(v).mean() for v in found['worst']))
-    return folder, common.finish(folder)
+    return folder, common.finish(folder, results)
 
 
 # ------------------------------------------------------------------------- reading results

@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import io
 import json
-import math
 import os
 import pickle
 import random
@@ -18,6 +17,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from urllib.error import URLError
@@ -64,6 +64,9 @@ def smaller(monkeypatch):
     """What has no flag."""
     for name, value in dict(CONFLICTS=90, PROBES=60, PAIRS=20, TOP=5, TAUS=(0.05,)).items():
         monkeypatch.setattr(SCRIPTS['shape_bias'], name, value)
+    monkeypatch.setattr(common, 'EPS_MULTIPLES', (0, 1))
+    train_at = SCRIPTS['train_at']
+    monkeypatch.setattr(train_at, 'loss_surface', partial(train_at.loss_surface, points=3))
 
 
 def main(script, *flags):
@@ -730,16 +733,18 @@ def test_a_study_interrupted_twenty_times(script, monkeypatch, capsys):
 # ---------------------------------------------------------------------------- two runs at once
 
 class Turns:
-    """Threads of which one runs at a time; at every meeting a random one goes on."""
+    """Threads of which one runs at a time; at a meeting another may go on, with probability
+    `often`."""
 
-    def __init__(self, seed):
-        self.rng, self.who = random.Random(seed), threading.local()
+    def __init__(self, seed, often):
+        self.rng, self.often, self.who = random.Random(seed), often, threading.local()
         self.waiting, self.alive, self.turn = threading.Condition(), [], 0
 
     def meet(self, moment=None):
         if hasattr(self.who, 'number'):  # else not one of ours
             with self.waiting:
-                self.turn = self.rng.choice(self.alive)
+                if self.rng.random() < self.often:
+                    self.turn = self.rng.choice(self.alive)
                 self.waiting.notify_all()
                 self.waiting.wait_for(lambda: self.turn == self.who.number, timeout=60)
 
@@ -769,17 +774,17 @@ class Turns:
         return raised
 
 
-@pytest.mark.parametrize('seed', range(6))
-def test_two_runs_at_once(seed, monkeypatch):
-    """In odd rounds one of the two is stopped somewhere."""
-    turns, count = Turns(seed), 0
+@pytest.mark.parametrize('often,stop', ((1, None), (0.02, None), (0.1, 50)))
+def test_two_runs_at_once(often, stop, monkeypatch):
+    """In one folder, taking turns; or one of them is stopped somewhere, and started again."""
+    turns, count = Turns(0, often), 0
 
     def meet(moment):
         nonlocal count
         turns.meet()
-        if seed % 2 and getattr(turns.who, 'number', 0) == 1:
+        if getattr(turns.who, 'number', 0) == 1:
             count += 1
-            if count == 40 + 10 * seed:
+            if count == stop:
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(SCRIPTS['train_at'], 'draw', lambda results, folder: None)
@@ -789,6 +794,71 @@ def test_two_runs_at_once(seed, monkeypatch):
         run()
         expected = outcome()
     around(monkeypatch, meet)
-    raised = turns.run(run, run)
-    assert raised[0] is None and isinstance(raised[1], KeyboardInterrupt if seed % 2 else type(None))
-    assert outcome() == expected
+    first, second = turns.run(run, run)
+    assert first is None and (isinstance(second, KeyboardInterrupt) if stop else second is None)
+    left = outcome()
+    if stop:
+        run()
+    assert outcome() == expected and left.keys() == expected.keys()
+
+
+def test_a_run_behind_takes_nothing_from_one_that_ends(monkeypatch):
+    """While a run measures its first network another comes to its end: the first finds what
+    the other has measured, and overwrites none of it."""
+    def behind(*args):
+        found = evaluate(*args)
+        monkeypatch.setattr(train_at, 'evaluate_model', evaluate)
+        run()
+        monkeypatch.setattr(train_at, 'evaluate_model', stopped)
+        return found
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    def late(folder, results):  # what a run behind has so far, written at the worst time
+        common.write_json(folder / 'results.json', {k: results[k] for k in ('config', 'code')})
+        return finish(folder, results)
+
+    train_at, finish = SCRIPTS['train_at'], common.finish
+    evaluate, run = train_at.evaluate_model, main('train_at')
+    monkeypatch.setattr(train_at, 'draw', lambda results, folder: None)
+    monkeypatch.setattr(common, 'finish', late)
+    monkeypatch.setattr(train_at, 'evaluate_model', behind)
+    run()  # has nothing left to measure once it has found the other's results
+    [path] = Path('runs/train_at').glob('*/results.json')
+    assert json.loads(path.read_text()).keys() > {'standard-s0', 'pgd-s0', 'gallery', 'finished'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_two_processes_at_once(script):
+    """The real thing, and alone for comparison. One of a second pair is killed."""
+    def start(where):
+        Path(where).mkdir(exist_ok=True)
+        return subprocess.Popen(
+            [sys.executable, ROOT / f'{script}.py', *SMALL, *FLAGS[script].split()], cwd=where,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {'OMP_NUM_THREADS': '1'})
+
+    def end(process):
+        stderr = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, stderr
+
+    def left(where):
+        with contextlib.chdir(where):
+            return {k: v for k, v in outcome().items() if Path(k).suffix in ('.pt', '.json', '.md')}
+
+    end(start('alone'))
+    both = [start('both'), start('both')]
+    for process in both:
+        end(process)
+    killed, other = start('killed'), start('killed')
+    models = Path('killed/runs/models')
+    while killed.poll() is None and not (models.is_dir() and list(models.glob('*.pt'))):
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    end(other)
+    for path in Path('killed').rglob('.*'):  # kill -9 may leave a file half written
+        path.unlink()
+    assert left('alone') == left('both') == left('killed')
