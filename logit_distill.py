@@ -175,9 +175,11 @@ def scale_bound(z, y):
 
 def looks(x):
     """What can be measured about an image without a network: {name: (N,)}. x: (N, C, H, W)."""
+    if not len(x):  # of which some Fourier transforms would make an error
+        return {k: v[:0] for k, v in looks(x.new_zeros(1, *x.shape[1:])).items()}
     grey = x.mean(1)
     centred = grey - grey.mean((1, 2), keepdim=True)
-    power = torch.fft.fft2(centred).abs() ** 2 if len(x) else centred  # some FFTs need a batch
+    power = torch.fft.fft2(centred).abs() ** 2
     fy, fx = torch.meshgrid(torch.fft.fftfreq(grey.shape[1], device=x.device),
                             torch.fft.fftfreq(grey.shape[2], device=x.device), indexing='ij')
     high = torch.maximum(fy.abs(), fx.abs()) > 0.25
@@ -766,10 +768,9 @@ def study(args):
             for student in args.students if epochs not in lengths or student in LENGTH_STUDENTS]
     parts = ['logits', 'theory', 'disagreement', 'example', 'network-STD', 'network-AT',
              *(f'student-{student}-e{epochs}' for epochs, student in plan)]
-    for seed in args.seeds:
-        if all(f'{part}-s{seed}' in results for part in parts):
-            continue
-
+    if all(f'{part}-s{seed}' in results for seed in args.seeds for part in parts):
+        return folder, common.finish(folder, results)
+    for seed in args.seeds:  # metrics.csv needs them all
         def measure(part, function, seed=seed):
             return common.measure(results, f'{part}-s{seed}', function, folder)
 

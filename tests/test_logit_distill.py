@@ -411,6 +411,7 @@ def test_looks_of_simple_images():
     assert b['high frequencies'] > 0.99 and c['high frequencies'] < 0.1
     assert b['edges'].item() == pytest.approx(0.2, abs=1e-5)
     assert b['contrast'].item() == pytest.approx(0.1, abs=1e-3)
+    assert {k: v.shape for k, v in ld.looks(flat[:0]).items()} == dict.fromkeys(a, (0,))
 
 
 def test_holm():
