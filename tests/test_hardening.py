@@ -1,5 +1,6 @@
 """What goes wrong at users' places: mistakes, broken files, full disks, interruptions, two runs
 at once, masked gradients. One line and exit code 2, or a clean resume; nothing is lost."""
+import argparse
 import contextlib
 import csv
 import errno
@@ -7,6 +8,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -475,8 +477,9 @@ def test_trained_weights_that_do_not_fit_are_named(which, capsys):
     device = torch.device('cpu')
     result = common.train_model(args, data, 'standard', 0, device, keep=(1,))
     path = next(Path('runs/models').glob('*.pt')) if isinstance(which, str) else result['kept'][1]
-    path.write_bytes(saved(shrunk(result['best'])) if which == 1 else saved(
-        {k: v for k, v in result.items() if k not in ('kept', 'path')} | {which: shrunk(result['best'])}))
+    small = shrunk(result['best'])
+    path.write_bytes(saved(small if which == 1 else {
+        k: v for k, v in result.items() if k not in ('kept', 'path')} | {which: small}))
     again = common.train_model(args, data, 'standard', 0, device, keep=(1,))
     refused(lambda: common.restore(again, which, args, data, device),
             f'{re.escape(str(path))} .*delete it', capsys)
@@ -863,3 +866,92 @@ def test_two_processes_at_once(script):
     for path in Path('killed').rglob('.*'):  # kill -9 may leave a file half written
         path.unlink()
     assert left('alone') == left('both') == left('killed')
+
+
+# ---------------------------------------------------------------------------- masked gradients
+
+class Masked(torch.nn.Module):
+    """A network behind what has made networks look robust."""
+
+    def __init__(self, net, how):
+        super().__init__()
+        self.net, self.how = net, how
+
+    def forward(self, x):
+        if self.how == 'quantised input':
+            x = (4 * x).round() / 4
+        logits = self.net(x)
+        if self.how == 'logits x 1000':
+            return 1000 * logits
+        if self.how == 'dropout left on':
+            return torch.nn.functional.dropout(logits, 0.5, training=True)
+        if self.how == 'constant':
+            return 0 * logits + torch.arange(5.0).flip(0)
+        return logits.softmax(1) if self.how == 'probabilities' else logits
+
+
+@pytest.fixture(scope='module')
+def clean():
+    """A small trained network, images that it gets right, and their labels."""
+    torch.manual_seed(0)
+    y = torch.arange(600) % 5
+    means = 0.5 + 0.06 * torch.randn(5, 3, 8, 8)
+    x = (means[y] + 0.1 * torch.randn(600, 3, 8, 8)).clamp(0, 1)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 32), torch.nn.ReLU(),
+                              torch.nn.Linear(32, 5))
+    optimizer = torch.optim.Adam(net.parameters(), 0.003)
+    for _ in range(200):  # with few steps cross-entropy can be the poorer attack, masked or not
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(x[100:]), y[100:]).backward()
+        optimizer.step()
+    return net, x[:100], y[:100]
+
+
+@pytest.mark.parametrize('how,flag', (
+    (None, None), ('logits x 1000', 'zero input gradients'),
+    ('quantised input', 'zero input gradients'), ('dropout left on', 'random outputs'),
+    ('probabilities', 'outputs are probabilities'),
+    ('constant', 'unbounded attack leaves accuracy')))
+def test_masked_gradients_trip_their_own_flag(how, flag, clean):
+    net, x, y = clean
+    model = Masked(net, how)
+    y = torch.zeros_like(y) if how == 'constant' else y
+    args = argparse.Namespace(eps=0.04, norm='linf', apgd_steps=20, targets=3, square_queries=200)
+    correct = {'natural': common.correct_under(model, x, y)} | {
+        name: common.correct_under(model, x, y, attack)
+        for name, attack in common.evaluation_attacks(args, 0, 'cpu').items()}
+    checks = common.masking_check(model, x, y, correct, eps=args.eps)
+    raised = {k.partition(' (')[0] for k, (_, _, yes) in checks.items() if yes}
+    if how is None:
+        assert raised == set() and len(checks) == 8
+        assert 0.1 < correct['apgd_t'].float().mean() < 0.9  # there was something to see
+    else:
+        assert flag in raised
+        assert raised & {'random outputs', 'outputs are probabilities'} <= {flag}
+
+
+@pytest.mark.parametrize('weak,strong,flag', (
+    ('pgd20', 'fgsm', 'one step beats twenty (gap)'),
+    ('pgd20', 'pgd100', 'twenty steps are too few (gap)'),
+    ('apgd_ce', 'apgd_t', 'cross-entropy is a poor attack (gap)'),
+    ('pgd20', 'square', 'black box finds what white box misses')))
+def test_a_stronger_attack_trips_the_flag_of_the_weaker(weak, strong, flag, clean):
+    net, x, y = clean
+    limit = round(100 * common.masking_check(
+        net, x, y, {k: y >= 0 for k in (weak, strong)}, eps=0.03)[flag][1])
+    for more, expected in ((0, []), (limit - 1, []), (limit + 1, [flag])):
+        correct = {weak: torch.ones(100, dtype=torch.bool), strong: torch.arange(100) >= more}
+        checks = common.masking_check(net, x, y, correct, eps=0.03)
+        assert [k for k, (_, _, raised) in checks.items() if raised] == expected
+
+
+@pytest.mark.parametrize('broken,words', (
+    (lambda x: x + 0.0302, 'left the ball'), (lambda x: x - 2, 'left .0, 1'),
+    (lambda x: x * math.nan, 'non-finite')))
+def test_an_attack_that_cheats_is_no_evaluation(broken, words, clean):
+    def cheat(model, x, y, eps):
+        return broken(x)
+
+    net, x, y = clean
+    with pytest.raises(AssertionError, match=words):
+        common.correct_under(net, 0.3 + 0.4 * x, y, partial(cheat, eps=0.03))
