@@ -1,12 +1,12 @@
 """CIFS: does masking the channels that speak for other classes make a CNN more robust?
 
-Paper      Yan, Zhang, Niu, Feng, Tan, Sugiyama. CIFS: Improving adversarial robustness of CNNs
-           via channel-wise importance-based feature selection. ICML 2021. Rival: CAS, Bai et al.
-           ICLR 2021.
 Question   Adversarial images over-activate channels of negative relevance (NR: negative weight
            for the true class). CIFS weighs each channel by a mask made from its relevance to
            the top-2 classes of a small probe. Does that help, at the last and at the best
            epoch, and against attacks that know the mask?
+Paper      Yan, Zhang, Niu, Feng, Tan, Sugiyama. CIFS: Improving adversarial robustness of CNNs
+           via channel-wise importance-based feature selection. ICML 2021. Rival: CAS, Bai et al.
+           ICLR 2021.
 Usage      python cifs.py                                     shapes, minutes on a laptop
            python cifs.py --dataset svhn --epochs 100         ResNet-18, one GPU
            python cifs.py --trainings pgd trades mart fat --seeds 0 1 2

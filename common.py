@@ -201,10 +201,9 @@ def make_parser(doc, defaults=None):
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w)
                        for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
-    usage = re.search(r'^Usage.*?(?=^\S|\Z)', doc, re.M | re.S)
-    usage = re.search(r'^Usage.*?(?=^\S|\Z)', doc, re.M | re.S)
+    usage = re.search(r'^Usage.*?(?=^\S|\Z)', doc or '', re.M | re.S)
     parser = _Parser(
-        description=doc.split('\n')[0] + '\n' + (usage.group().rstrip() if usage else ''),
+        description=(doc or '').split('\n')[0] + '\n' + (usage.group().rstrip() if usage else ''),
         epilog='\n'.join(lines), allow_abbrev=False)
     parser.defaults_table = table
     add = parser.add_argument
@@ -220,7 +219,7 @@ def make_parser(doc, defaults=None):
     add('--epochs', type=count, metavar='N', help='of each training')
     add('--batch-size', type=count, metavar='N', help='of all processes')
     add('--lr', type=positive, metavar='X', help='peak; SGD, momentum 0.9')
-    add('--weight-decay', type=number, metavar='X', help='(5e-4; folder: 1e-4)')
+    add('--weight-decay', type=number, metavar='X', help='of all weights')
     add('--schedule', type=schedule, metavar='NAME', help='piecewise, cosine, onecycle, constant '
         'or drops:0.6,0.8[:0.1] (shares[:factor])')
     add('--ema', type=number, metavar='DECAY', help='of averaged weights: 0.999')
@@ -1983,7 +1982,8 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     if saved:
         with fitting(path):
             for part, state in ((model, 'model'), (optimizer, 'optimizer'), (scaler, 'scaler')):
-                part.load_state_dict(saved[state])
+                if saved[state] or part is not scaler:  # begun in another precision: none
+                    part.load_state_dict(saved[state])
             if average:
                 average.load_state_dict(saved['average'])
         history, best, best_epoch, seconds = (
@@ -2343,9 +2343,11 @@ def masking_claim(name, runs):
     """Control: no masking check of any seed's runs[i]['masking'] was raised."""
     raised = sorted({f'{symptom} {value:.2f} > {limit:.2f}' for run in runs
                      for symptom, (value, limit, flag) in run['masking'].items() if flag})
-    return claim(f'No sign of masked gradients in {name}', 'control',
-                 '; '.join(raised) or f'{len(runs[0]["masking"])} checks, none raised',
-                 'contradicted' if raised else 'supported')
+    verdict = 'contradicted' if raised else 'supported'
+    if any(run.get('collapsed') for run in runs):
+        verdict = 'uninformative: collapsed model'
+    return claim(f'No sign of masked gradients in {name}', 'control', '; '.join(raised)
+                 or f'{len(runs[0]["masking"])} checks, none raised', verdict)
 
 
 def write_claims(claims, folder):
@@ -2372,15 +2374,19 @@ def new_figure(rows=1, columns=1, width=7.0, height=3.0, **options):
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+FIGURE_FORMATS = ('.png', '.pdf')
+
+
 def save_figure(figure, folder, name):
     """<folder>/<name>.png and .pdf."""
     if not first():
         return
     with matplotlib.rc_context(STYLE):
-        for suffix in ('.png', '.pdf'):
+        for suffix in FIGURE_FORMATS:
             with atomic(Path(folder, name + suffix)) as temporary:
                 figure.savefig(temporary, metadata={'CreationDate': None} if suffix == '.pdf'
                                else None)
+            figure.set_layout_engine('none')  # laid out once is enough
 
 
 def draw_eps_curves(curves, config, classes, loss, folder, name):

@@ -1,12 +1,12 @@
 """Dimples: does the decision boundary cling to the data, and what breaks when it does not?
 
-Paper      Shamir, Melamed, BenShmuel. The dimpled manifold model of adversarial examples in
-           machine learning. arXiv 2106.10151, 2021 (v2 2022).
 Question   The model says: training first makes the boundary cling to the low-dimensional
            manifold M of the data, then pushes shallow dimples into it around the training
            points; adversarial perturbations are short because they cross M at right angles.
            Is that what networks do, is it more than counting dimensions, and does removing
            the cause remove the effect?
+Paper      Shamir, Melamed, BenShmuel. The dimpled manifold model of adversarial examples in
+           machine learning. arXiv 2106.10151, 2021 (v2 2022).
 Method     Small networks on points on a line (2D) and on a chessboard (3D), followed through
            training; networks on images, attacked within, across and regardless of the tangent
            space T of M (P projects on it, Q = I - P), where M is an autoencoder's range or, for
@@ -2168,7 +2168,7 @@ def figure_sizes(results, folder):
 PAPER = 'Shamir et al. 2021'
 
 
-def judge_claims(results, folder):
+def judge(results, folder):
     """The claims of all measured parts, from results.json alone."""
     claims = []
     parts = (('line', line_claims), ('chess', chess_claims), ('remedies', remedy_claims),
@@ -2759,7 +2759,7 @@ def main(argv=None):
     folder, results = common.measured(args, study, 'dimpled_manifold')
     print_table(results)
     draw(results, folder)
-    judge_claims(results, folder)
+    judge(results, folder)
     common.log.info('\nfigures and results in %s', folder)
 
 

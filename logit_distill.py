@@ -1,11 +1,11 @@
 """The logits of robust CNNs, and what a student learns from them on clean images alone.
 
-Paper      Seguin, Ndirango, Mishra, Chung, Lee. Understanding the logit distributions of
-           adversarially-trained deep neural networks. arXiv 2108.12001, 2021.
 Question   Adversarial training lowers the largest logit and its distance to the others. A
            student that copies a robust teacher's logits on clean images becomes somewhat
            robust. Which part of the logits teaches that: small logits, which samples are
            confident, the order of the wrong classes?
+Paper      Seguin, Ndirango, Mishra, Chung, Lee. Understanding the logit distributions of
+           adversarially-trained deep neural networks. arXiv 2108.12001, 2021.
 Method     Teachers: standard (STD) and adversarial (AT) training. Students: the same network
            from other initial weights, trained on clean images to match the AT teacher's
            logits after one manipulation each (M0-M19; only LSQ sees labels). Equal steps,

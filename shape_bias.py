@@ -77,20 +77,20 @@ CORRUPTIONS = {           # five severities each
     'pixelate': (0.5, 0.4, 0.3, 0.25, 0.2),        # factor of the resolution
     'JPEG': (80, 50, 30, 15, 7)}                   # quality
 # The reversed control: faint outlines with strong textures, which agree with the class in
-# seven of ten images; chosen on S alone (docs/results/README.md has the tries).
+# seven of ten images; chosen on S alone (docs/results.md has the tries).
 REVERSED = dict(version=1, distance=(0.06, 0.12), contrast=(0.1, 0.2), agreement=0.7)
 LADDER = (0.5,)           # of eps, where --ladder is not given
 DEFAULTS = {'shapes': dict(test_size=1000)}
 
 # Thresholds of the claims. Fixed before any run: GATE, MARGIN, COVERAGE and the bands; the others
-# after the first runs and a review (docs/results/README.md).
+# after the first runs and a review (docs/results.md).
 GATE = 3.0                # robust accuracy of R, as a multiple of that of S
 MARGIN = 0.20             # natural accuracy that R may lose
 COVERAGE = 0.5            # share of conflicts decided for either cue
 NO_SIGNAL = 0.05          # of chance: inputs this near to random ones
 DECISIONS, UNITS = 50, 20  # fewer decisions, or channels that matter, say nothing
 # How much two trainings that differ in their seed alone differed at most (three of S, three of
-# R on shapes; docs/results/README.md); other data are taken to be alike. A smaller effect is
+# R on shapes; docs/results.md); other data are taken to be alike. A smaller effect is
 # inconclusive; for means over n seeds, one smaller than 1 / sqrt(n) of it.
 RETRAINED = {'bias': 0.09, 'hybrids': 0.05, 'flat fill': 0.11, 'silhouettes': 0.15, 'edges': 0.49,
              'accuracy': 0.11, 'TV': 0.08, 'energy': 0.03, 'rise': 0.03, 'outliers': 0.07,

@@ -394,32 +394,6 @@ def trades_claim(runs, collapsed):
 
 # --------------------------------------------------------------------------------------------
 
-def print_table(results):
-    """Natural and robust accuracy of every model."""
-    config = results['config']
-    runs = {m: [results[f'{m}-s{s}'] for s in config['seeds']] for m in config['methods']}
-    names = list(next(iter(runs.values()))[0]['correct'])
-    common.log.info('\n%-10s' + '%11s' * len(names) + '%9s', 'best epoch',
-                    *(ATTACK_NAMES[n] for n in names), 'minutes')
-    for method, models in runs.items():
-        rates = [100 * stack_correct(runs[method], n).mean() for n in names]
-        common.log.info('%-10s' + '%10.1f%%' * len(names) + '%9.1f', METHOD_NAMES[method], *rates,
-                        sum(r['seconds'] for r in models) / 60)
-
-
-def main(argv=None):
-    parser = common.make_parser(__doc__, DEFAULTS)
-    parser.add_argument('--methods', nargs='+', choices=common.METHODS, metavar='M',
-                        help='of ' + ', '.join(common.METHODS))
-    common.add_attack_flags(parser)
-    args = common.parse(parser, argv)
-    folder, results = common.measured(args, study, 'train_at')
-    print_table(results)
-    draw(results, folder)
-    judge(results, folder)
-    common.log.info('\nfigures and results in %s', folder)
-
-
 def study(args):
     """Train and measure; returns (folder, results)."""
     device = common.pick_device(args.device)
@@ -442,6 +416,36 @@ def study(args):
                 models[method] = common.restore(trained, 'best', args, data, device)
     common.measure(results, 'gallery', lambda: gallery(args, data, models, device), folder)
     return folder, common.finish(folder, results)
+
+
+def print_table(results):
+    """Natural and robust accuracy of every model."""
+    config = results['config']
+    runs = {m: [results[f'{m}-s{s}'] for s in config['seeds']] for m in config['methods']}
+    names = list(next(iter(runs.values()))[0]['correct'])
+    common.log.info('\n%-10s' + '%11s' * len(names) + '%9s', 'best epoch',
+                    *(ATTACK_NAMES[n] for n in names), 'minutes')
+    for method, models in runs.items():
+        rates = [100 * stack_correct(runs[method], n).mean() for n in names]
+        common.log.info('%-10s' + '%10.1f%%' * len(names) + '%9.1f', METHOD_NAMES[method], *rates,
+                        sum(r['seconds'] for r in models) / 60)
+
+
+def make_parser():
+    parser = common.make_parser(__doc__, DEFAULTS)
+    parser.add_argument('--methods', nargs='+', choices=common.METHODS, metavar='M',
+                        help='of ' + ', '.join(common.METHODS))
+    common.add_attack_flags(parser)
+    return parser
+
+
+def main(argv=None):
+    args = common.parse(make_parser(), argv)
+    folder, results = common.measured(args, study, 'train_at')
+    print_table(results)
+    draw(results, folder)
+    judge(results, folder)
+    common.log.info('\nfigures and results in %s', folder)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
 """Draw docs/shapes.png: ten images of each variant of the embedded data set."""
+
 import sys
 from pathlib import Path
 
@@ -13,11 +14,11 @@ figure, axes = common.new_figure(len(rows), 10, 9, 0.93 * len(rows) + 0.5)
 for (variant, k), row in zip(rows, axes):
     x, info = common.make_shapes(40, 'test', 32, variant)
     for j, axis in enumerate(row):
-        common.show_image(axis, x[10 * k + j].float() / 255, common.OUTLINES[j] + '\n'
-                          + common.TEXTURES[j] if row is axes[0] else '')
+        common.show_image(
+            axis, x[10 * k + j].float() / 255, common.OUTLINES[j] + '\n' + common.TEXTURES[j] if row is axes[0] else ''
+        )
     row[0].set_ylabel(variant.replace('_', '\n'), rotation=0, ha='right', va='center')
-figure.suptitle(f'shapes, version {common.SHAPES_VERSION}: class k is outline k filled with '
-                'texture k')
+figure.suptitle(f'shapes, version {common.SHAPES_VERSION}: class k is outline k filled with texture k')
 torch.set_num_threads(1)
 common.save_figure(figure, DOCS, 'shapes')
 (DOCS / 'shapes.pdf').unlink()

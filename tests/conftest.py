@@ -9,6 +9,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+import common  # noqa: E402
 # Real data in torchvision's layout: $ADVCNN_DATA, or shared/data beside the repository.
 REAL_DATA = Path(os.environ.get('ADVCNN_DATA', ROOT.parent / 'shared' / 'data'))
 
@@ -18,6 +19,12 @@ def real_data():
     if not REAL_DATA.is_dir():
         pytest.skip('no real data here')
     return REAL_DATA
+
+
+@pytest.fixture(autouse=True, scope='session')
+def plain_figures():
+    """Small pictures and no PDF, or drawing takes half of the time of all tests."""
+    common.FIGURE_FORMATS, common.STYLE['savefig.dpi'] = ('.png',), 40
 
 
 def pytest_addoption(parser):

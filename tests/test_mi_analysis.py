@@ -748,7 +748,7 @@ def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys, mo
     printed = capsys.readouterr().out
     [folder] = (tmp_path / 'mi_analysis').iterdir()
     for figure in FIGURES:
-        assert (folder / f'{figure}.png').stat().st_size > 3000
+        assert (folder / f'{figure}.png').stat().st_size > 1000
     results = json.loads((folder / 'results.json').read_text())
     assert results['epochs'] == [0, 1, 2]
     for method in mi.METHODS:

@@ -12,13 +12,14 @@ FIGURES = ['fig1_training', 'fig2_attacks', 'fig3_eps', 'fig4_perturbations',
            'fig5_loss_surface', 'fig6_gradients', 'fig7_classes']
 
 
-def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys):
+def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, 'FIGURE_FORMATS', ('.png', '.pdf'))
     command = TINY + ['--out', str(tmp_path)]
     train_at.main(command)
     printed = capsys.readouterr().out
     [folder] = (tmp_path / 'train_at').iterdir()
     for figure in FIGURES:
-        assert (folder / f'{figure}.png').stat().st_size > 3000
+        assert (folder / f'{figure}.png').stat().st_size > 1000
         assert (folder / f'{figure}.pdf').read_bytes().startswith(b'%PDF')
     results = json.loads((folder / 'results.json').read_text())
     for method in ('standard', 'fgsm', 'pgd', 'trades'):
