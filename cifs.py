@@ -1338,7 +1338,7 @@ def study(args):
             common.measure(results, 'activations', lambda: {
                 name: activations(args, data, net, seed, device)
                 for name, net in first.items()}, folder)
-    return folder, common.finish(folder)
+    return folder, common.finish(folder, results)
 
 
 def _evaluate(args, data, trained, other, seed, device, arm, training):

@@ -27,6 +27,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -125,6 +126,8 @@ def number(text):
     """'8/255' or '0.031' -> float; anything else is refused."""
     try:
         value = float(Fraction(text)) if '/' in text else float(text)
+    except OverflowError:
+        value = math.inf
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f'{text!r} is not a number like 8/255 or 0.031')
     if not math.isfinite(value) or value < 0:
@@ -268,6 +271,8 @@ def parse(parser, argv=None):
             raise UserError(f"--{flag.replace('_', '-')} must lie in [0, 1)")
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError('--seeds must differ from each other')
+    if max(args.seeds) >= 2 ** 32:  # studies add to them, and torch takes 64 bits
+        raise UserError(f'--seeds must be below 2^32, not {max(args.seeds)}')
     if args.image_size and base not in ('shapes', 'folder'):
         raise UserError('--image-size goes with shapes and folder:PATH')
     args.image_size = args.image_size or dict(shapes=32, folder=224).get(base, 0)
@@ -341,12 +346,18 @@ def start_run(study, args):
 
 def start_log(path=None):
     """Log to stdout and, if given, to a file; of many processes the first alone."""
+    def fail(record):  # instead of a traceback for every line and going on
+        raise
+
     log.setLevel(logging.INFO)
     for handler in log.handlers:
-        handler.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take
+            handler.close()
     log.handlers = [logging.StreamHandler(sys.stdout) if first() else logging.NullHandler()]
     if path and first():
         log.addHandler(logging.FileHandler(path))
+    for handler in log.handlers:
+        handler.handleError = fail
 
 
 def short_hash(obj):
@@ -358,7 +369,8 @@ def short_hash(obj):
 def atomic(path):
     """Yield a temporary path that replaces `path` when the block succeeds."""
     path = Path(path)
-    temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
+    # random: in two containers on one disk the process numbers may be the same
+    temporary = path.with_name(f'.{path.stem}.{os.urandom(4).hex()}{path.suffix}')
     try:
         yield temporary
         os.replace(temporary, path)
@@ -366,13 +378,18 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
+def to_json(obj):
+    """JSON, with numpy and torch scalars and arrays as plain numbers."""
+    return json.dumps(obj, indent=1, default=lambda v: v.tolist())
+
+
 def write_json(path, obj):
-    """Write JSON atomically, with numpy and torch scalars and arrays as plain numbers. Like
-    whatever writes, this does nothing in any process but the first."""
+    """Write JSON atomically. Like whatever writes, this does nothing in any process but the
+    first."""
     if not first():
         return
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(obj, indent=1, default=lambda v: v.tolist()))
+        temporary.write_text(to_json(obj))
 
 
 # -------------------------------------------------------------------------------- 2. Shapes
@@ -677,23 +694,30 @@ def _load_torchvision(name, root, split, trust):
             data = cls(root, download=not present, **choose)
         x = torch.as_tensor(np.asarray(data.data))
         y = torch.as_tensor(np.asarray(getattr(data, 'targets', getattr(data, 'labels', None))))
-    except Exception as error:
+        classes = getattr(data, 'classes', range(10))
+        if len(y) != len(x) or y.min() < 0 or y.max() >= len(classes):
+            raise ValueError('the labels do not fit')
+    except BaseException as error:  # Ctrl-C, too
         if not present:
             if path.is_file():  # half a download would look present next time
                 path.unlink()
             shutil.rmtree(path, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
+        if not present:
             raise UserError(f'no {name} in {root} and the download failed ({_short(error)}); '
                             'give the folder that holds it with --data-root')
         if 'corrupted' in str(error) and not trust:
             raise UserError(f"the {name} files in {root} are incomplete or differ from "
                             "torchvision's checksums: --trust-data takes them as they are, "
                             "deleting them downloads them afresh")
-        raise UserError(f'the {name} files in {root} cannot be read ({_short(error)})')
+        why = 'some are missing' if 'not found' in str(error) else _short(error)
+        raise UserError(f'the {name} files in {root} cannot be read ({why}); deleting them '
+                        'downloads them afresh')
     if x.dim() == 3:
         x = x[:, None]
     elif x.shape[-1] == 3:
         x = x.permute(0, 3, 1, 2).contiguous()
-    classes = getattr(data, 'classes', range(10))
     return x, y.long(), [str(c).split(' - ')[-1] for c in classes]
 
 
@@ -712,7 +736,7 @@ def _open_folder(path, size, test_size):
         raise UserError(f'{path} needs the folders train/ and test/ (or val/), each with one '
                         'folder per class')
     try:
-        train, test = (torchvision.datasets.ImageFolder(p, read)
+        train, test = (torchvision.datasets.ImageFolder(p, read, loader=_read_image)
                        for p in (Path(path, 'train'), test))
     except FileNotFoundError as error:
         raise UserError(_short(error))
@@ -722,6 +746,13 @@ def _open_folder(path, size, test_size):
     keep = _balanced_order(y, len(test.classes), make_generator('test', path))
     keep = keep[:test_size or 1000].sort()[0]
     return train, _decode(test, keep), y[keep], tuple(train.classes)
+
+
+def _read_image(path):
+    try:
+        return torchvision.datasets.folder.default_loader(path)
+    except Exception as error:  # PIL's say neither which file nor that it is the file
+        raise UserError(f'{path} cannot be read ({_short(error)})')
 
 
 def _decode(dataset, indices):
@@ -793,10 +824,11 @@ def train_batches(data, batch_size, generator, device):
             int(torch.randint(2 ** 31, (1,), generator=generator, device=device)))
         sampler = torch.utils.data.RandomSampler(data.stream, generator=host)
         batches = torch.utils.data.BatchSampler(sampler, batch_size, drop_last=True)
-        source = torch.utils.data.DataLoader(  # many processes decode a part each
-            data.stream, batch_sampler=(_own(i, row_counts(batch_size)) for i in batches),
+        source = _without_traceback(torch.utils.data.DataLoader(
+            data.stream,  # many processes decode a part each
+            batch_sampler=(_own(i, row_counts(batch_size)) for i in batches),
             generator=host, num_workers=min(8, os.cpu_count() or 1),
-            pin_memory=device.type == 'cuda')
+            pin_memory=device.type == 'cuda'))
     else:
         order = torch.randperm(n, generator=generator, device=device)
         source = ((data.train[0][i], data.train[1][i]) for i in
@@ -808,6 +840,18 @@ def train_batches(data, batch_size, generator, device):
         if data.pad or data.flip or x.shape[-1] != size:
             x = augment(x, 0 if data.stream else data.pad, data.flip, generator, size)
         yield to_float(x), y
+
+
+def _without_traceback(loader):
+    """The loader's batches; a UserError of a worker as that worker raised it."""
+    try:
+        yield from loader
+    except UserError as error:  # its last line is 'common.UserError: what the worker said'
+        message = str(error).splitlines()[-1].partition(': ')[2]
+        error.__traceback__ = None  # holds the workers; they end now, not when the garbage goes
+    else:
+        return
+    raise UserError(message)
 
 
 # -------------------------------------------------------------------------------- 4. Models
@@ -1048,8 +1092,10 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f'no checkpoint at {path}')
     except Exception as error:
-        raise UserError(f'{path} is not a readable checkpoint ({_short(error)}); delete it, or '
-                        'save a plain state_dict')
+        why = 'it holds no weights, or more than weights' \
+            if isinstance(error, pickle.UnpicklingError) else _short(error)
+        raise UserError(f'{path} is not a readable checkpoint ({why}); delete it, or save a '
+                        'plain state_dict')
 
 
 def load_weights(model, path):
@@ -1062,6 +1108,7 @@ def load_weights(model, path):
             break
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise UserError(f'{path} holds no state_dict')
+    state = {str(k): v for k, v in state.items()}
     if any(k.startswith('module.model.') for k in state):  # beside the attacker's own copy
         state = {k[13:]: v for k, v in state.items() if k.startswith('module.model.')}
     for prefix in ('module.', '_orig_mod.', 'model.'):
@@ -1889,7 +1936,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     (standard training: natural) validation accuracy. Every random draw of an epoch comes
     from (seed, epoch), so that a resumed training equals an uninterrupted one.
     Returns dict(best, last: state_dicts; best_epoch, history, collapsed, seconds, recipe,
-    kept: {epoch: file}).
+    kept: {epoch: file}, path: of the rest).
     """
     name = METHOD_NAMES.get(method, method)
     recipe = model_recipe(args, method, seed, extra)
@@ -1909,9 +1956,9 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
         if args.fresh:
             path.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
-        saved = _read_training(path, recipe)
+        saved = read_training(path, recipe)
         if keep and saved and (lacks(saved) or beside.exists()):  # and leave that alone
-            saved = _read_training(beside, recipe)
+            saved = read_training(beside, recipe)
             if lacks(saved) or not saved:
                 log.info('%s: training again, to keep the weights of its epochs', name)
                 saved = {}
@@ -1921,7 +1968,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     path, saved = agreed(begin)
     if saved.get('finished'):
         log.info('%s: trained already (%s)', name, path)
-        return warn_collapsed(saved | dict(kept=kept), name)
+        return warn_collapsed(saved | dict(kept=kept, path=path), name)
 
     dtype = pick_precision(device, args.amp)
     loss_fn = loss_fn or METHODS[method]
@@ -1933,11 +1980,12 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     history, best, best_epoch, seconds = [], None, 0, 0.0
     if saved:
-        for part, state in ((model, 'model'), (optimizer, 'optimizer'), (scaler, 'scaler')):
-            if saved[state] or part is not scaler:  # begun in another precision: none
-                part.load_state_dict(saved[state])
-        if average:
-            average.load_state_dict(saved['average'])
+        with fitting(path):
+            for part, state in ((model, 'model'), (optimizer, 'optimizer'), (scaler, 'scaler')):
+                if saved[state] or part is not scaler:  # begun in another precision: none
+                    part.load_state_dict(saved[state])
+            if average:
+                average.load_state_dict(saved['average'])
         history, best, best_epoch, seconds = (
             saved[k] for k in ('history', 'best', 'best_epoch', 'seconds'))
         log.info('%s: continuing after epoch %d', name, len(history))
@@ -2022,15 +2070,28 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
             write_weights(kept[epoch + 1], judged.state_dict())
         write_weights(path, result)
     bar.close()
-    return warn_collapsed(result | dict(kept=kept), name)
+    return warn_collapsed(result | dict(kept=kept, path=path), name)
 
 
-def _read_training(path, recipe):
+def read_training(path, recipe):
     """What `train_model` saved at path; empty where there is nothing."""
-    saved = read_checkpoint(path) if path.exists() else {}
-    if saved and not (isinstance(saved, dict) and saved.get('recipe') == recipe):
+    if not path.exists():
+        return {}
+    saved = read_checkpoint(path)
+    if not (isinstance(saved, dict) and saved.get('recipe') == recipe
+            and {'history', 'best', 'last' if saved.get('finished') else 'model'} <= saved.keys()):
         raise UserError(f'{path} holds another model than its name says; delete it')
     return saved
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """Inside, weights from `path` are put in their place; UserError where they do not fit."""
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f'{path} does not fit the network, whose code may have changed '
+                        f'({_short(error)}); delete it')
 
 
 def write_weights(path, obj):
@@ -2095,10 +2156,10 @@ def restore(result, which, args, data, device, build=make_model):
     """The trained model of `train_model`'s result in eval mode; which: 'best', 'last' or an
     epoch that was kept."""
     model = build(args.arch, len(data.classes), data.shape, 0).to(device)
-    if isinstance(which, str):
-        model.load_state_dict(result[which])
-    else:
-        model.load_state_dict(agreed(lambda: read_checkpoint(result['kept'][which])))
+    path = result['path'] if isinstance(which, str) else result['kept'][which]
+    state = result[which] if isinstance(which, str) else agreed(lambda: read_checkpoint(path))
+    with fitting(path):
+        model.load_state_dict(state)
     return model.eval()
 
 
@@ -2122,14 +2183,16 @@ def _load_results(folder, config, script, fresh):
     path = Path(folder, 'results.json')
     code = short_hash([Path(f).read_text() for f in (script, __file__)])
     empty = dict(config=config, code=code)
-    if fresh or not path.exists():
+    if fresh:
+        path.unlink(missing_ok=True)  # for `measure`, too
+    if not path.exists():
         return empty
     try:
         results = json.loads(path.read_text())
     except ValueError:
         log.warning('%s is not readable: measuring again', path)
         return empty
-    if results.get('config') != json.loads(json.dumps(config)):
+    if not isinstance(results, dict) or results.get('config') != json.loads(json.dumps(config)):
         return empty
     if results.get('code') != code:
         log.info('the code has changed since %s was written: measuring again', path)
@@ -2153,26 +2216,37 @@ def measured(args, study, name):
 
 
 def measure(results, key, function, folder):
-    """results[key], computed by function() once and saved at once."""
+    """results[key], computed by function() once and saved at once, together with what another
+    run of the same command has saved meanwhile."""
+    def others():
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return {}
+        same = isinstance(found, dict) and all(
+            found.get(k) == json.loads(to_json(results.get(k))) for k in ('config', 'code'))
+        return found if same else {}
+
+    path = Path(folder, 'results.json')
     if key not in results:
         results[key] = function()
-        write_json(Path(folder, 'results.json'), results)
-        results[key] = agreed(
-            lambda: json.loads(json.dumps(results[key], default=lambda v: v.tolist())))
+        for k, v in agreed(others).items():
+            results.setdefault(k, v)
+        write_json(path, results)
+        results[key] = agreed(lambda: json.loads(to_json(results[key])))
     return results[key]
 
 
-def finish(folder):
+def finish(folder, results):
     """Mark a study as finished; returns its results as the file has them. Only the first
     process returns: tables, figures and claims are for one."""
     if not first():
         sys.exit()
     path = Path(folder, 'results.json')
-    results = json.loads(path.read_text())
-    if 'finished' not in results:
-        results['finished'] = path.parent.parent.name
+    results = results | dict(finished=path.parent.parent.name)
+    if not path.exists() or path.read_text() != to_json(results):
         write_json(path, results)
-    return results
+    return json.loads(to_json(results))  # not the file, which a run beside this one may write
 
 
 def rank_correlation(a, b):

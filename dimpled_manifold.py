@@ -435,10 +435,7 @@ def train_autoencoder(args, data, latent, device):
     name = args.dataset.replace(':', '-').replace('/', '_')
     path = Path(args.out, 'models', f'{name}-autoencoder-k{latent}-e{args.ae_epochs}'
                                     f'-{common.short_hash(recipe)}.pt')
-    saved = common.agreed(lambda: {} if args.fresh or not path.exists()
-                          else common.read_checkpoint(path))
-    if saved and not (isinstance(saved, dict) and saved.get('recipe') == recipe):
-        raise common.UserError(f'{path} holds another model than its name says; delete it')
+    saved = {} if args.fresh else common.agreed(lambda: common.read_training(path, recipe))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seeds[0])
         model = Autoencoder(data.shape, latent).to(device)
@@ -446,8 +443,9 @@ def train_autoencoder(args, data, latent, device):
     if len(history) < args.ae_epochs:
         optimizer = torch.optim.Adam(model.parameters(), 4e-3)
         if saved:
-            model.load_state_dict(saved['model'])
-            optimizer.load_state_dict(saved['optimizer'])
+            with common.fitting(path):
+                model.load_state_dict(saved['model'])
+                optimizer.load_state_dict(saved['optimizer'])
         dtype = common.pick_precision(device, args.amp)
         dtype = None if dtype == torch.float16 else dtype
         plain = replace(data, pad=0, flip=False)
@@ -476,7 +474,8 @@ def train_autoencoder(args, data, latent, device):
                                             optimizer=optimizer.state_dict()))
         common.log.info('autoencoder of %d dimensions: mean square error %.5f train, %.5f '
                         'validation', latent, history[-1]['loss'], min(h['val'] for h in history))
-    model.load_state_dict(best)
+    with common.fitting(path):
+        model.load_state_dict(best)
     return model.eval().requires_grad_(False), history
 
 
@@ -1482,7 +1481,7 @@ def study(args):
         measure('causes-images', lambda: study_causes([image_scores(data)] * PLANE['seeds']))
     rows, later = [], {'images', 'training', 'labels', 'sizes'} & set(args.parts)
     if not later:
-        return folder, common.finish(folder)
+        return folder, common.finish(folder, results)
     autoencoders = {k: train_autoencoder(args, data, k, device) for k in args.latent}
     main = autoencoders[args.latent[0]][0]
     results['autoencoders'] = {k: dict(
@@ -1516,8 +1515,7 @@ def study(args):
         measure(f'labels-s{seed}', lambda: study_labels(
             args, data, trained['standard'], main, seed, device))
         measure(f'sizes-s{seed}', lambda: study_sizes(args, data, main, seed, device))
-    common.write_json(folder / 'results.json', results)
-    return folder, common.finish(folder)
+    return folder, common.finish(folder, results)
 
 
 # --------------------------------------------------------------------------- reading results

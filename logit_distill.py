@@ -175,6 +175,8 @@ def scale_bound(z, y):
 
 def looks(x):
     """What can be measured about an image without a network: {name: (N,)}. x: (N, C, H, W)."""
+    if not len(x):  # of which some Fourier transforms would make an error
+        return {k: v[:0] for k, v in looks(x.new_zeros(1, *x.shape[1:])).items()}
     grey = x.mean(1)
     centred = grey - grey.mean((1, 2), keepdim=True)
     power = torch.fft.fft2(centred).abs() ** 2
@@ -766,10 +768,9 @@ def study(args):
             for student in args.students if epochs not in lengths or student in LENGTH_STUDENTS]
     parts = ['logits', 'theory', 'disagreement', 'example', 'network-STD', 'network-AT',
              *(f'student-{student}-e{epochs}' for epochs, student in plan)]
-    for seed in args.seeds:
-        if all(f'{part}-s{seed}' in results for part in parts):
-            continue
-
+    if all(f'{part}-s{seed}' in results for seed in args.seeds for part in parts):
+        return folder, common.finish(folder, results)
+    for seed in args.seeds:  # metrics.csv needs them all
         def measure(part, function, seed=seed):
             return common.measure(results, f'{part}-s{seed}', function, folder)
 
@@ -795,7 +796,7 @@ def study(args):
             common.log.info('  %-34s natural %.3f  worst case %.3f, %.3f',
                             student_name(student), unpack(found['natural']).mean(),
                             *(unpack(v).mean() for v in found['worst']))
-    return folder, common.finish(folder)
+    return folder, common.finish(folder, results)
 
 
 # ------------------------------------------------------------------------- reading results

@@ -714,7 +714,7 @@ def study(args):
             common.measure(results, f'distortion-{name}', lambda: measure_distortions(
                 setting, model, levels, method, seed), folder)
     common.measure(results, 'images', lambda: example_images(setting, levels), folder)
-    return folder, common.finish(folder)
+    return folder, common.finish(folder, results)
 
 
 def _brief(found):

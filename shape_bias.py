@@ -1104,7 +1104,7 @@ def study(args):
                                            for arm, m in models.items()})
             measure('reversed', lambda: measure_reversed(pair, shape[-1], args, device))
     common.measure(results, 'gallery', lambda: gallery(data, sets, stimuli), folder)
-    return folder, common.finish(folder)
+    return folder, common.finish(folder, results)
 
 
 def beside(folder):

@@ -415,7 +415,7 @@ def study(args):
             if seed == args.seeds[0]:
                 models[method] = common.restore(trained, 'best', args, data, device)
     common.measure(results, 'gallery', lambda: gallery(args, data, models, device), folder)
-    return folder, common.finish(folder)
+    return folder, common.finish(folder, results)
 
 
 def print_table(results):

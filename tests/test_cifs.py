@@ -554,26 +554,6 @@ def test_l2_and_one_arm(tmp_path):
     assert 'square' not in results['pgd/head-s0']['correct']
 
 
-@pytest.mark.parametrize('flags,message', (
-    (['--arch', 'lenet5'], 'no place in lenet5'),
-    (['--arms', 'best'], 'invalid choice'),
-    (['--trainings', 'free'], 'invalid choice'),
-    (['--ablate', 'everything'], 'invalid choice'),
-    (['--topk', '0'], 'whole number'),
-    (['--topk', '11', '--train-size', '40', '--test-size', '20'], 'a mask for 11 classes'),
-    (['--train-size', '40', '--test-size', '5'], 'without images'),
-    (['--mask-sum', '-1'], 'finite number'),
-    (['--temperature', '0'], '0 is not allowed'),
-    (['--schedule', 'drops:'], 'drops:0.6,0.8'),
-    (['--schedule', 'never'], 'drops:0.6,0.8')))
-def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        common.entry(lambda: cifs.main(flags + ['--out', str(tmp_path)]))
-    stderr = capsys.readouterr().err
-    assert exit_.value.code == 2
-    assert message in stderr and stderr.startswith('error: ') and stderr.count('\n') == 1
-
-
 def test_svhn_in_its_real_format(real_data, tmp_path):
     root = real_data / 'svhn-train-prefix'
     if not root.is_dir():

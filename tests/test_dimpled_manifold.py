@@ -847,27 +847,6 @@ def test_any_choice_of_parts_is_drawn_and_judged(finished, tmp_path, parts):
     assert dm.judge(results, tmp_path)
 
 
-@pytest.mark.parametrize('flags,message', (
-    (('--parts', 'circle'), 'invalid choice'),
-    (('--latent', '0'), 'not a whole number'),
-    (('--latent', '4', '4'), 'must differ'),
-    (('--sizes', '2'), 'at most 1'),
-    (('--checkpoints', '3'), '4 or more'),
-    (('--wrong-eps', '0'), '0 is not allowed'),
-    (('--replicas', '-1'), 'not a whole number'),
-    (('--dataset', 'folder:nowhere'), 'does not stream'),
-    (('--eps', '8'), 'did you mean 8/255'),
-    (('--plot-only', 'nowhere'), 'no readable results.json'),
-    (('--device', 'cuda'), 'no CUDA device')))
-def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys):
-    if 'cuda' in flags and torch.cuda.is_available():
-        pytest.skip('there is one')
-    with pytest.raises(SystemExit) as stop:
-        common.entry(lambda: dm.main([*TINY, '--out', str(tmp_path), *flags]))
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and message in error and len(error.splitlines()) == 1
-
-
 def test_mnist_is_attacked_on_its_manifold(real_data, tmp_path):
     dm.main([*TINY, '--dataset', 'mnist', '--data-root', str(real_data), '--out', str(tmp_path),
              '--arch', 'lenet5', '--parts', 'images', '--train-size', '300'])

@@ -802,17 +802,3 @@ def test_a_published_default_lr_is_constant_and_ours_drops():
     assert (mi.usual_test_step(args), args.test_steps) == (8 / 255, 7)
     args = common.parse(mi.make_parser(), ['--dataset', 'cifar10'])
     assert mi.usual_test_step(args) == pytest.approx(2 / 255)
-
-
-@pytest.mark.parametrize('flags,message', (
-    (['--arch', 'alexnet', '--image-size', '64'], 'no layers are known for alexnet'),
-    (['--variance', '0'], '0 is not allowed'),
-    (['--measured', '-1'], 'whole number'),
-    (['--test-size', '10', '--train-size', '60'], '--test-size is too small'),
-    (['--plot-only', '/nowhere'], 'no readable results.json')))
-def test_bad_input_is_one_line(flags, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        common.entry(partial(mi.main, flags + ['--out', str(tmp_path)]))
-    stderr = capsys.readouterr().err
-    assert exit_.value.code == 2
-    assert message in stderr and stderr.startswith('error: ') and stderr.count('\n') == 1

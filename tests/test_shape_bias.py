@@ -557,13 +557,6 @@ def test_a_tiny_study_leaves_everything(finished, capsys):
     assert again == claims
 
 
-def test_runs_of_other_studies_are_not_redrawn(finished, tmp_path, capsys):
-    (tmp_path / 'results.json').write_text(json.dumps(dict(config={}, gallery={})))
-    with pytest.raises(SystemExit) as stop:
-        common.entry(lambda: sb.main(['--plot-only', str(tmp_path)]))
-    assert stop.value.code == 2 and 'no finished run' in capsys.readouterr().err
-
-
 def test_nothing_is_measured_twice(finished, monkeypatch):
     folder, results, _, out = finished
     monkeypatch.setattr(sb, 'measure_views', None)
@@ -730,23 +723,3 @@ def test_given_weights_are_judged_on_shapes(tmp_path):
              str(tmp_path / 'b.pt'), '--test-size', '40', '--out', str(tmp_path)])
     run, = (tmp_path / 'shape_bias').iterdir()
     assert (run / 'fig9_dissection.png').exists() and not (run / 'fig14_reversed.png').exists()
-
-
-@pytest.mark.parametrize('flags,message', (
-    (('--robust-weights', 'x.pt'), 'needs --weights'),
-    (('--weights', 'nowhere.pt'), 'no checkpoint'),
-    (('--weights', 'random', '--seeds', '0', '1'), 'one network'),
-    (('--stem', '7'), '--stem goes with'),
-    (('--arch', 'resnet18', '--stem', '4'), 'must be odd'),
-    (('--weights', 'IMAGENET1K_V1'), 'goes with alexnet'),
-    (('--ladder', '8'), 'did you mean 8/255'),
-    (('--ladder', '0'), '0 is not allowed'),
-    (('--arch', 'alexnet', '--weights', 'random'), 'needs --cue-conflict-dir'),
-    (('--arch', 'alexnet', '--weights', 'random', '--cue-conflict-dir', 'nowhere'), 'no folder'),
-    (('--cue-conflict-dir', 'nowhere'), 'fewer than two classes'),
-    (('--probe-dir', 'nowhere'), 'needs images')))
-def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        common.entry(lambda: sb.main([*flags, '--out', str(tmp_path), *TINY]))
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and message in error and len(error.splitlines()) == 1

@@ -225,20 +225,6 @@ def test_a_diverging_training_says_so(tmp_path):
         common.train_model(arguments(tmp_path, lr=1e20), data, 'standard', 0, CPU)
 
 
-def test_other_files_under_a_models_name_are_refused(tmp_path):
-    args = arguments(tmp_path)
-    data = common.load_data('shapes', train_size=96, test_size=20)
-    path = common.model_path(tmp_path, common.model_recipe(args, 'pgd', 0))
-    path.parent.mkdir()
-    torch.save({'recipe': {'arch': 'other'}, 'finished': True}, path)
-    with pytest.raises(common.UserError, match='another model'):
-        common.train_model(args, data, 'pgd', 0, CPU)
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(common.UserError, match='readable checkpoint'):
-        common.train_model(args, data, 'pgd', 0, CPU)
-    assert path.stat().st_size == 200
-
-
 RESUME = '''
 import sys, torch
 sys.path.insert(0, {root!r})
