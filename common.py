@@ -1477,7 +1477,7 @@ def random_start(x, eps, norm, generator=None):
 def _check_eps(eps, norm):
     if norm not in ('linf', 'l2'):
         raise UserError(f"unknown norm '{norm}'; known: linf, l2")
-    if not eps >= 0 or norm == 'linf' and eps > 1:
+    if not eps >= 0 or (norm == 'linf' and eps > 1):
         raise UserError(f'eps {eps:g} is outside [0, 1]')
 
 
@@ -2045,7 +2045,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
             raise UserError(f'{name}: the loss is {row["loss"]} in epoch {epoch + 1}; try a '
                             'smaller --lr')
         # robust accuracy selects, but not in the easier epochs of the warm-up
-        row['score'] = -1.0 if not checked or method != 'standard' and share < 1 else \
+        row['score'] = -1.0 if not checked or (method != 'standard' and share < 1) else \
             row['val_natural' if method == 'standard' else 'val_robust']
         if row['score'] >= max((h['score'] for h in history), default=-1.0):
             best, best_epoch = copy.deepcopy(judged.state_dict()), epoch + 1

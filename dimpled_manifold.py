@@ -36,11 +36,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import contourpy
+import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import matplotlib
 from matplotlib.animation import FuncAnimation, PillowWriter
 from scipy.spatial import cKDTree
 from scipy.stats import spearmanr
@@ -2347,7 +2347,7 @@ def chess_claims(results, claims):
 
 
 def remedy_claims(results, claims):
-    for which, problem in (('diagonal', diagonal_points()), ('chess', chessboard())):
+    for which in ('diagonal', 'chess'):
         found = results['remedies'][which]
         values = unpack(found['last']['perpendicular']).astype(float).reshape(len(REMEDIES), -1)
         for i, name in enumerate(REMEDIES):

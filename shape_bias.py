@@ -1156,7 +1156,7 @@ def gallery(data, sets, stimuli):
     if data:
         x = common.to_float(data.test[0])
         for group, name, image in views(data, x):
-            if group in CORRUPTIONS and name != '3' or 'pass' in group and name != '0.3':
+            if (group in CORRUPTIONS and name != '3') or ('pass' in group and name != '0.3'):
                 continue
             label = name if group not in CORRUPTIONS and 'pass' not in group else \
                 f'{group} {name}'
@@ -1421,7 +1421,7 @@ def figure_missing(results, folder):
 
 def figure_corruptions(results, folder):
     fig, axes = common.new_figure(2, 3, 7.6, 4.6, sharex=True, sharey=True)
-    for axis, (name, values) in zip(axes.ravel(), CORRUPTIONS.items()):
+    for axis, name in zip(axes.ravel(), CORRUPTIONS):
         for arm in results['arms']:
             if arm != 'untrained':
                 y = [100 * seen(results, arm, v).mean()

@@ -47,9 +47,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cifs  # noqa: E402
-import common  # noqa: E402
-import mi_analysis  # noqa: E402
+import cifs
+import common
+import mi_analysis
 
 EPS, STEP = 8 / 255, 2 / 255
 SMALL = dict(batch=16, steps=2, classes=10, samples=1000, units=4096, latent=8)

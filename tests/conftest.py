@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 import common  # noqa: E402
+
 # Real data in torchvision's layout: $ADVCNN_DATA, or shared/data beside the repository.
 REAL_DATA = Path(os.environ.get('ADVCNN_DATA', ROOT.parent / 'shared' / 'data'))
 

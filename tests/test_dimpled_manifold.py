@@ -775,7 +775,7 @@ def with_labels(results, rates, n=400):
 
 def test_verdicts_on_wrong_labels(finished, tmp_path):
     full = {'random': 0.6, 'shifted': 0.4, 'random, off only': 0.6, 'random, on only': 0.12,
-            'random, random subspace': 0.1, 'random, eps x 0.5': 0.3, 
+            'random, random subspace': 0.1, 'random, eps x 0.5': 0.3,
             'wrong, unperturbed': 0.2}
     claims = dm.judge(with_labels(finished[1], full), tmp_path)
     assert verdict(claims, 'V10 A network') == 'supported'

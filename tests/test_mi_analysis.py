@@ -668,7 +668,7 @@ def test_results_of_which_every_claim_is_true_support_every_claim(tmp_path, few_
             assert found == 'contradicted'
         elif 'V1 Control' in text:  # the two series were made alike
             assert found == 'contradicted'
-        elif 'V2c The same with logits' in text or 'V5' in text and 'unit RMS' in text:
+        elif 'V2c The same with logits' in text or ('V5' in text and 'unit RMS' in text):
             pass  # below, and not 90 % of H(Y)
         elif not text.startswith('V6 I(T'):
             assert found == 'supported', (text, source, found)
