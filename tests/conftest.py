@@ -1,4 +1,5 @@
 """Shared by all tests: the repository root on the path, one thread, real data if it is there."""
+
 import os
 import sys
 from pathlib import Path
