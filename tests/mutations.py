@@ -66,7 +66,7 @@ MUTATIONS = (
     (
         'validation images are trained on',
         'common.py',
-        'order[val_size:val_size + train_size]',
+        'order[val_size : val_size + train_size]',
         'order[:train_size]',
         'data',
     ),
@@ -101,7 +101,7 @@ MUTATIONS = (
     (
         'distillation without T squared',
         'logit_distill.py',
-        'return temperature ** 2 * ',
+        'return temperature**2 * ',
         'return temperature * ',
         'logit_distill',
     ),
