@@ -346,3 +346,22 @@ def test_precision_and_generators():
         common.pick_precision(CPU, 'fp16')
     draws = [torch.rand(3, generator=common.make_generator('a', s)) for s in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_trades_and_mart_are_their_formulas(monkeypatch):
+    """Zhang et al. 2019, eq. 5, and Wang et al. 2020, table 1, from probabilities."""
+    g = torch.Generator().manual_seed(0)
+    x, x_adv = torch.rand(2, 6, 1, 2, 2, generator=g)
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    with torch.no_grad():
+        model[1].weight.copy_(3 * torch.randn(3, 4, generator=g))
+    monkeypatch.setattr(common, 'pgd', lambda *a, **k: x_adv)
+    p, q = (model(v).softmax(1).double() for v in (x, x_adv))
+    kl = (p * (p / q).log()).sum(1)
+    p_y, q_y = (v[range(6), y] for v in (p, q))
+    other = torch.stack([q[i, [k for k in range(3) if k != y[i]]].max() for i in range(6)])
+    trades = -p_y.log().mean() + 6 * kl.mean()
+    mart = (-q_y.log() - (1 - other).log() + 5 * (1 - p_y) * kl).mean()
+    assert common.trades_loss(model, x, y, {}, g).item() == pytest.approx(trades.item(), rel=1e-4)
+    assert common.mart_loss(model, x, y, {}, g).item() == pytest.approx(mart.item(), rel=1e-4)
