@@ -1168,15 +1168,6 @@ def worst_mode(runs, which, long=True):
     return np.min([stack_correct(runs, name, which) for name in names], 0)
 
 
-def untrained(runs, y):
-    """Why nothing can be learnt from these networks, or ''. Near chance: natural accuracy below
-    one and a half times the share of the largest class."""
-    if any(run['collapsed'] for run in runs):
-        return 'collapsed model'
-    natural = min(stack_correct([run], 'natural').mean() for run in runs)
-    return 'accuracy near chance' if natural < 1.5 * np.bincount(y).max() / len(y) else ''
-
-
 def judge(results, folder):
     """The claims V1 to V16 of this repository's reading of the paper, and controls."""
     config = results['config']
@@ -1192,7 +1183,7 @@ def judge(results, folder):
     ):
         """One row: supported if the interval lies above (below) the threshold."""
         verdict = effect_verdict(-high, -low, -threshold) if below else effect_verdict(low, high, threshold)
-        reasons = [why or ''] + [untrained(arms[arm], y) for arm in involved]
+        reasons = [why or ''] + [common.untrained(arms[arm], y) for arm in involved]
         if any(reasons):
             verdict = f'uninformative: {max(reasons, key=bool)}'
         a, b, c = (
@@ -1245,7 +1236,7 @@ def judge(results, folder):
     if 'cifs' in arms:
         claims += masking_claims(results, arms['cifs'], reference)
     for arm, runs in arms.items():
-        claims.append(common.masking_claim(ARM_NAMES[arm], runs))
+        claims.append(common.masking_claim(ARM_NAMES[arm], runs, y))
     if 'cost' in results:
         value, low, high = bootstrap(lambda a, b: np.median(b) / np.median(a), *np.array(results['cost']).T)
         add(
@@ -1448,7 +1439,7 @@ def masking_claims(results, runs, reference):
     """V12 and a control: what the authors' attacks miss on CIFS. Exact binomial intervals:
     finding nothing on few images proves little."""
     limit, queries = f'{100 * BLACK_BOX_GAP:g} points', results['config']['square_queries']
-    why = untrained(runs, np.array(results['test_labels']))
+    why = common.untrained(runs, np.array(results['test_labels']))
     texts = {
         'square': f'V12 No masked gradients: on CIFS, Square ({queries} queries) '
         f'finds at most {limit} that joint APGD missed',
@@ -1486,7 +1477,7 @@ def trainings_claims(results, compare, claims):
     trainings = results['config']['trainings']
     for training in (t for t in trainings if t != 'pgd'):
         c, v = (arm_runs(results, arm, training) for arm in ('cifs', 'vanilla'))
-        why = untrained(c + v, np.array(results['test_labels']))
+        why = common.untrained(c + v, np.array(results['test_labels']))
         compare(
             f'V15 CIFS combines with {TRAINING_NAMES[training]}: with minus without, worst case',
             'Yan et al. 2021',
@@ -1520,7 +1511,7 @@ def ablation_claims(results, add, claims):
         """All of `ours` beat all of `others`: every pair must, at a level for their number.
         Shown is the pair that comes out least."""
         involved = [run for label in ours + others for run in runs(label)]
-        why = untrained(involved, np.array(results['test_labels']))
+        why = common.untrained(involved, np.array(results['test_labels']))
         values = {
             label: stack_correct(runs(label), 'natural') if naturally else worst_mode(runs(label), 'correct')
             for label in ours + others

@@ -2573,8 +2573,17 @@ def claim(text, source, measured, verdict, reference='-'):
     return dict(claim=text, source=source, measured=measured, reference=reference, verdict=verdict)
 
 
-def masking_claim(name, runs):
-    """Control: no masking check of any seed's runs[i]['masking'] was raised."""
+def untrained(runs, y):
+    """Why nothing can be learnt from these networks, or ''. Near chance: natural accuracy below
+    one and a half times the share of the largest class."""
+    if any(run['collapsed'] for run in runs):
+        return 'collapsed model'
+    natural = min(stack_correct([run], 'natural').mean() for run in runs)
+    return 'accuracy near chance' if natural < 1.5 * np.bincount(y).max() / len(y) else ''
+
+
+def masking_claim(name, runs, y):
+    """Control: no masking check of any seed's runs[i]['masking'] was raised. y: test labels."""
     raised = sorted(
         {
             f'{symptom} {value:.2f} > {limit:.2f}'
@@ -2583,14 +2592,12 @@ def masking_claim(name, runs):
             if flag
         }
     )
-    verdict = 'contradicted' if raised else 'supported'
-    if any(run.get('collapsed') for run in runs):
-        verdict = 'uninformative: collapsed model'
+    why = untrained(runs, y)
     return claim(
         f'No sign of masked gradients in {name}',
         'control',
         '; '.join(raised) or f'{len(runs[0]["masking"])} checks, none raised',
-        verdict,
+        f'uninformative: {why}' if why else 'contradicted' if raised else 'supported',
     )
 
 

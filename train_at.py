@@ -452,7 +452,7 @@ def judge(results, folder):
     if {'pgd', 'trades'} <= set(runs):
         claims.append(trades_claim(runs, collapsed))
     for method in runs:
-        claims.append(common.masking_claim(METHOD_NAMES[method], runs[method]))
+        claims.append(common.masking_claim(METHOD_NAMES[method], runs[method], y))
     common.write_claims(claims, folder)
     return claims
 

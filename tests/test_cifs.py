@@ -528,10 +528,12 @@ def test_black_box_verdicts(n, square, exact, verdicts):
 def test_networks_near_chance_prove_nothing():
     y = np.arange(100) % 10
     run = synthetic(100)
-    assert cifs.untrained([run], y) == ''
+    assert common.untrained([run], y) == ''
     run['correct']['natural'] = common.pack((np.arange(100) < 14).astype(np.uint8))
-    assert cifs.untrained([run], y) == 'accuracy near chance'
-    assert cifs.untrained([dict(run, collapsed=True)], y) == 'collapsed model'
+    assert common.untrained([run], y) == 'accuracy near chance'
+    assert common.untrained([dict(run, collapsed=True)], y) == 'collapsed model'
+    collapsed = common.masking_claim('it', [dict(run, collapsed=True, masking={})], y)
+    assert collapsed['verdict'] == 'uninformative: collapsed model'
 
 
 # ----------------------------------------------------------------------------- the study
