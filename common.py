@@ -2379,7 +2379,7 @@ def restore(result, which, args, data, device, build=make_model):
     """The trained model of `train_model`'s result in eval mode; which: 'best', 'last' or an
     epoch that was kept."""
     model = build(args.arch, len(data.classes), data.shape, 0).to(device)
-    path = result['path'] if isinstance(which, str) else result['kept'][which]
+    path = result.get('path', 'the result') if isinstance(which, str) else result['kept'][which]
     state = result[which] if isinstance(which, str) else agreed(lambda: read_checkpoint(path))
     with fitting(path):
         model.load_state_dict(state)
