@@ -62,7 +62,7 @@ MUTATIONS = (
         '(true * kl_divergence',
         'training',
     ),
-    ('resume forgets the momentum', 'common.py', "(optimizer, 'optimizer'), ", '', 'training'),
+    ('resume forgets the momentum', 'common.py', "(optimizer, 'optimizer'), ", '', 'hardening'),
     (
         'validation images are trained on',
         'common.py',
