@@ -25,9 +25,8 @@ def real_data():
 
 @pytest.fixture(autouse=True, scope='session')
 def plain_figures():
-    """Small pictures, no PDF and short curves, or figures take half of the time of all tests."""
+    """Small pictures and no PDF, or figures take half of the time of all tests."""
     common.FIGURE_FORMATS, common.STYLE['savefig.dpi'] = ('.png',), 40
-    common.EPS_MULTIPLES = (0, 1, 8)
 
 
 @pytest.fixture(autouse=True)

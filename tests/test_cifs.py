@@ -539,24 +539,10 @@ def test_networks_near_chance_prove_nothing():
 
 # ----------------------------------------------------------------------------- the study
 
-TINY = [
-    '--train-size',
-    '40',
-    '--test-size',
-    '20',
-    '--epochs',
-    '1',
-    '--batch-size',
-    '20',
-    '--apgd-steps',
-    '2',
-    '--square-queries',
-    '2',
-    '--targeted-steps',
-    '1',
-    '--restarts',
-    '1',
-]
+TINY = (
+    '--train-size 40 --test-size 20 --epochs 1 --batch-size 20 --apgd-steps 2 --square-queries 2 '
+    '--targeted-steps 1 --restarts 1'
+).split()
 
 
 def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys):

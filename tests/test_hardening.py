@@ -49,20 +49,7 @@ FLAGS = {  # a whole study in seconds
     'dimpled_manifold': '--arch lenet5 --steps 1 --parts training --latent 2 --ae-epochs 2 '
     '--checkpoints 4 --watched 4 --attack-steps 1',
 }
-SMALL = [
-    '--train-size',
-    '40',
-    '--test-size',
-    '40',
-    '--epochs',
-    '1',
-    '--batch-size',
-    '20',
-    '--amp',
-    'fp32',
-    '--out',
-    'runs',
-]
+SMALL = ('--train-size 40 --test-size 40 --epochs 1 --batch-size 20 --amp fp32 --out runs').split()
 
 
 @pytest.fixture(autouse=True)
