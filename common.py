@@ -33,6 +33,7 @@ import shutil
 import sys
 import textwrap
 import time
+import warnings
 import zlib
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -346,9 +347,6 @@ def start_run(study, args):
 
 def start_log(path=None):
     """Log to stdout and, if given, to a file; of many processes the first alone."""
-    def fail(record):  # instead of a traceback for every line and going on
-        raise
-
     log.setLevel(logging.INFO)
     for handler in log.handlers:
         with contextlib.suppress(OSError):  # what a full disk did not take
@@ -357,7 +355,14 @@ def start_log(path=None):
     if path and first():
         log.addHandler(logging.FileHandler(path))
     for handler in log.handlers:
-        handler.handleError = fail
+        handler.handleError = partial(_log_error, handler)
+
+
+def _log_error(handler, record):
+    """A full disk ends the run; logging would go on, with a traceback for every line."""
+    if isinstance(sys.exc_info()[1], OSError):
+        raise
+    logging.Handler.handleError(handler, record)
 
 
 def short_hash(obj):
@@ -1088,7 +1093,9 @@ def make_model(arch, classes=10, shape=(3, 32, 32), seed=0, weights=None):
 def read_checkpoint(path):
     """torch.load that cannot run code; raises UserError for anything unreadable."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # what is wrong is said below
+            return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'no checkpoint at {path}')
     except Exception as error:

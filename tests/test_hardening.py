@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from urllib.error import URLError
@@ -84,10 +85,11 @@ def files(folder='.'):
 def refused(function, message, capsys):
     """function() as a script's main: one line on stderr that matches, exit code 2."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit) as exit_, warnings.catch_warnings(record=True) as warned:
         common.entry(function)
     stderr = capsys.readouterr().err
     assert exit_.value.code == 2
+    assert not [w.message for w in warned if issubclass(w.category, (UserWarning, RuntimeWarning))]
     assert stderr.startswith('error: ') and stderr.endswith('\n'), stderr
     assert stderr[:-1].isprintable(), stderr  # neither a second line nor a colour
     assert re.search(message, stderr), stderr
@@ -717,6 +719,7 @@ def test_a_training_interrupted_twenty_times(monkeypatch, capsys):
             return self.net(x)
 
     def run():
+        common.start_log()
         common.train_model(args, data, 'pgd', 0, torch.device('cpu'), build=lambda *_: Net(),
                            keep=(0, 0.5, 1, 2.5, 4, 6))
 
