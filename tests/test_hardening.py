@@ -534,6 +534,18 @@ def test_only_finished_runs_of_the_same_study_are_redrawn(script, capsys):
         assert files('run') == {'run/results.json': text} and not Path('runs').exists()
 
 
+def test_results_that_are_none_are_measured_again(monkeypatch):
+    monkeypatch.setattr(SCRIPTS['train_at'], 'draw', lambda results, folder: None)
+    run = main('train_at', '--methods', 'standard')
+    run()
+    [path] = Path('runs/train_at').glob('*/results.json')
+    right = path.read_bytes()
+    for wrong in (right[:len(right) // 2], b'[]', b'\xff\xfe', b''):
+        path.write_bytes(wrong)
+        run()
+        assert plain(json.loads(path.read_text())) == plain(json.loads(right))
+
+
 # ------------------------------------------------------------------------------------ output
 
 @contextlib.contextmanager
