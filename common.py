@@ -16,6 +16,7 @@ Conventions: images are float tensors (N, C, H, W) in [0, 1] (uint8 while stored
 int64 (N,), a model maps images to logits (N, K) and normalises them itself. eps and step sizes
 are in pixel units of [0, 1], so 8/255 is 0.03137.
 """
+
 import argparse
 import base64
 import contextlib
@@ -64,24 +65,60 @@ log = logging.getLogger('advcnn')
 # which eps grows, clean for its first third: SVHN, MNIST at 0.3 and shapes collapse to one
 # class without it.
 DEFAULTS = {
-    'shapes': dict(arch='small-cnn', epochs=6, batch_size=64, lr=0.1, schedule='onecycle',
-                   steps=2, step_size=6 / 255, eps_warmup=0.6, train_size=3200, test_size=250),
-    'mnist': dict(arch='small-cnn', epochs=20, lr=0.05, schedule='onecycle', eps=0.3,
-                  step_size=0.01, steps=40, eps_warmup=0.4),
-    'fashion-mnist': dict(arch='small-cnn', epochs=30, lr=0.05, schedule='onecycle', eps=0.1,
-                          step_size=0.02, steps=10, eps_warmup=0.4),
+    'shapes': dict(
+        arch='small-cnn',
+        epochs=6,
+        batch_size=64,
+        lr=0.1,
+        schedule='onecycle',
+        steps=2,
+        step_size=6 / 255,
+        eps_warmup=0.6,
+        train_size=3200,
+        test_size=250,
+    ),
+    'mnist': dict(
+        arch='small-cnn', epochs=20, lr=0.05, schedule='onecycle', eps=0.3, step_size=0.01, steps=40, eps_warmup=0.4
+    ),
+    'fashion-mnist': dict(
+        arch='small-cnn', epochs=30, lr=0.05, schedule='onecycle', eps=0.1, step_size=0.02, steps=10, eps_warmup=0.4
+    ),
     'cifar10': {},
     'cifar100': {},
     'svhn': dict(lr=0.01, step_size=1 / 255, eps_warmup=0.05),
     'stl10': dict(epochs=100, eps=4 / 255, step_size=1 / 255),
-    'folder': dict(arch='resnet50', epochs=90, batch_size=256, eps=4 / 255, step_size=1 / 255,
-                   weight_decay=1e-4),
+    'folder': dict(arch='resnet50', epochs=90, batch_size=256, eps=4 / 255, step_size=1 / 255, weight_decay=1e-4),
 }
-BASE = dict(arch='resnet18', epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4,
-            schedule='piecewise', eps=8 / 255, step_size=2 / 255, steps=10, norm='linf',
-            eps_warmup=0.0, ema=0.0, pad=None, train_size=0, test_size=0)
-ARCHS = ('small-cnn', 'small-cnn-64', 'lenet5', 'resnet18', 'preact-resnet18',
-         'wrn-10-1', 'wrn-28-10', 'wrn-34-10', 'alexnet', 'googlenet', 'resnet50')
+BASE = dict(
+    arch='resnet18',
+    epochs=200,
+    batch_size=128,
+    lr=0.1,
+    weight_decay=5e-4,
+    schedule='piecewise',
+    eps=8 / 255,
+    step_size=2 / 255,
+    steps=10,
+    norm='linf',
+    eps_warmup=0.0,
+    ema=0.0,
+    pad=None,
+    train_size=0,
+    test_size=0,
+)
+ARCHS = (
+    'small-cnn',
+    'small-cnn-64',
+    'lenet5',
+    'resnet18',
+    'preact-resnet18',
+    'wrn-10-1',
+    'wrn-28-10',
+    'wrn-34-10',
+    'alexnet',
+    'googlenet',
+    'resnet50',
+)
 
 
 # Flags that say where and how, not what: they do not change a run's name.
@@ -104,8 +141,7 @@ def entry(main):
         sys.exit(_complain(f'{error.strerror}: {error.filename or "while writing"}'))
     except KeyboardInterrupt:
         if first():
-            print('\ninterrupted; the same command continues from the last finished epoch',
-                  file=sys.stderr)
+            print('\ninterrupted; the same command continues from the last finished epoch', file=sys.stderr)
         sys.exit(130)
     except RuntimeError:
         if not _failures(0):
@@ -161,8 +197,7 @@ def schedule(text):
     try:
         lr_factor(text, 0.0)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f'{text!r} is not one of piecewise, cosine, onecycle, constant, drops:0.6,0.8')
+        raise argparse.ArgumentTypeError(f'{text!r} is not one of piecewise, cosine, onecycle, constant, drops:0.6,0.8')
     return text
 
 
@@ -179,8 +214,7 @@ class _Parser(argparse.ArgumentParser):
             if beside and len(cell) <= 50:
                 lines[-1] = f'{lines[-1]:<50}{cell}'
             else:
-                lines += textwrap.wrap(cell, 100, subsequent_indent=20 * ' ',
-                                       break_on_hyphens=False)
+                lines += textwrap.wrap(cell, 100, subsequent_indent=20 * ' ', break_on_hyphens=False)
         return '\n'.join([self.description, '', *lines, '', self.epilog, ''])
 
 
@@ -192,24 +226,32 @@ def make_parser(doc, defaults=None):
     The script adds its own flags to the parser and then calls `parse`.
     """
     defaults = defaults or {}
-    table = {name: BASE | defaults.get('*', {}) | values | defaults.get(name, {})
-             for name, values in DEFAULTS.items()}
+    table = {name: BASE | defaults.get('*', {}) | values | defaults.get(name, {}) for name, values in DEFAULTS.items()}
     columns = ('arch', 'epochs', 'batch_size', 'lr', 'schedule', 'eps', 'step_size', 'steps')
     rows = [('defaults', *columns)]
     for name, values in table.items():
-        rows.append((name, *(f'{values[c] * 255:.3g}/255' if c in ('eps', 'step_size')
-                             else str(values[c]) for c in columns)))
+        rows.append(
+            (name, *(f'{values[c] * 255:.3g}/255' if c in ('eps', 'step_size') else str(values[c]) for c in columns))
+        )
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                       for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
+    lines = [
+        '  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
     usage = re.search(r'^Usage.*?(?=^\S|\Z)', doc or '', re.M | re.S)
     parser = _Parser(
         description=(doc or '').split('\n')[0] + '\n' + (usage.group().rstrip() if usage else ''),
-        epilog='\n'.join(lines), allow_abbrev=False)
+        epilog='\n'.join(lines),
+        allow_abbrev=False,
+    )
     parser.defaults_table = table
     add = parser.add_argument
-    add('--dataset', default='shapes', metavar='NAME',
-        help='shapes (embedded), mnist, fashion-mnist, cifar10, cifar100, svhn, stl10, folder:PATH')
+    add(
+        '--dataset',
+        default='shapes',
+        metavar='NAME',
+        help='shapes (embedded), mnist, fashion-mnist, cifar10, cifar100, svhn, stl10, folder:PATH',
+    )
     add('--data-root', default='data', metavar='DIR', help="torchvision's folder (data)")
     add('--trust-data', action='store_true', help='accept altered data files')
     add('--image-size', type=count, metavar='PX', help='shapes: 32, folder: 224')
@@ -221,20 +263,32 @@ def make_parser(doc, defaults=None):
     add('--batch-size', type=count, metavar='N', help='of all processes')
     add('--lr', type=positive, metavar='X', help='peak; SGD, momentum 0.9')
     add('--weight-decay', type=number, metavar='X', help='of all weights')
-    add('--schedule', type=schedule, metavar='NAME', help='piecewise, cosine, onecycle, constant '
-        'or drops:0.6,0.8[:0.1] (shares[:factor])')
+    add(
+        '--schedule',
+        type=schedule,
+        metavar='NAME',
+        help='piecewise, cosine, onecycle, constant or drops:0.6,0.8[:0.1] (shares[:factor])',
+    )
     add('--ema', type=number, metavar='DECAY', help='of averaged weights: 0.999')
     add('--eps', type=positive, metavar='X', help='radius of the attack: 8/255')
     add('--step-size', type=positive, metavar='X', help='of training attacks: 2/255')
     add('--steps', type=count, metavar='N', help='of training attacks')
     add('--eps-warmup', type=number, metavar='SHARE', help='of training; eps grows')
-    add('--norm', choices=('linf', 'l2'), metavar='NORM',
-        help='linf or l2 (with its own defaults: eps 128/255, step 15/255)')
+    add(
+        '--norm',
+        choices=('linf', 'l2'),
+        metavar='NORM',
+        help='linf or l2 (with its own defaults: eps 128/255, step 15/255)',
+    )
     add('--seeds', type=whole, nargs='+', default=[0], metavar='N ...', help='one or more (0)')
-    add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', metavar='NAME',
-        help='auto, cpu or cuda')
-    add('--amp', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', metavar='NAME',
-        help='precision of training: auto, bf16, fp16 or fp32 (reported attacks: always float32)')
+    add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', metavar='NAME', help='auto, cpu or cuda')
+    add(
+        '--amp',
+        choices=('auto', 'bf16', 'fp16', 'fp32'),
+        default='auto',
+        metavar='NAME',
+        help='precision of training: auto, bf16, fp16 or fp32 (reported attacks: always float32)',
+    )
     add('--compile', action='store_true', help='torch.compile (GPU)')
     add('--out', default='runs', metavar='DIR', help='for models, results (runs)')
     add('--fresh', action='store_true', help='train and measure again')
@@ -254,33 +308,33 @@ def parse(parser, argv=None):
     args = parser.parse_args(argv)
     base = args.dataset.split(':')[0]
     if base not in DEFAULTS or (base == 'folder') != (':' in args.dataset):
-        raise UserError(f"unknown data set '{args.dataset}'; known: "
-                        + ', '.join(DEFAULTS).replace('folder', 'folder:PATH'))
+        raise UserError(
+            f"unknown data set '{args.dataset}'; known: " + ', '.join(DEFAULTS).replace('folder', 'folder:PATH')
+        )
     if args.norm == 'l2':  # Rice et al. 2020
         args.eps, args.step_size = args.eps or 128 / 255, args.step_size or 15 / 255
     for flag, value in parser.defaults_table[base].items():
         if getattr(args, flag, None) is None:
             setattr(args, flag, value)
     if args.norm == 'linf' and args.eps >= 1:
-        raise UserError(f'--eps {args.eps:g} is outside (0, 1), the range of pixels; '
-                        f'did you mean {args.eps:g}/255?')
+        raise UserError(f'--eps {args.eps:g} is outside (0, 1), the range of pixels; did you mean {args.eps:g}/255?')
     if args.norm == 'linf' and args.step_size >= 1:
-        raise UserError(f'--step-size {args.step_size:g} is outside (0, 1); '
-                        f'did you mean {args.step_size:g}/255?')
+        raise UserError(f'--step-size {args.step_size:g} is outside (0, 1); did you mean {args.step_size:g}/255?')
     for flag in ('ema', 'eps_warmup'):
         if not 0 <= getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must lie in [0, 1)")
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError('--seeds must differ from each other')
-    if max(args.seeds) >= 2 ** 32:  # studies add to them, and torch takes 64 bits
+    if max(args.seeds) >= 2**32:  # studies add to them, and torch takes 64 bits
         raise UserError(f'--seeds must be below 2^32, not {max(args.seeds)}')
     if args.image_size and base not in ('shapes', 'folder'):
         raise UserError('--image-size goes with shapes and folder:PATH')
     args.image_size = args.image_size or dict(shapes=32, folder=224).get(base, 0)
     defaults = vars(parser.parse_args([])) | parser.defaults_table[base]
     defaults['image_size'] = dict(shapes=32, folder=224).get(base, 0)
-    args.changed = any(value != defaults[flag] for flag, value in vars(args).items()
-                       if flag not in {'dataset', 'arch', *ELSEWHERE})
+    args.changed = any(
+        value != defaults[flag] for flag, value in vars(args).items() if flag not in {'dataset', 'arch', *ELSEWHERE}
+    )
     return args
 
 
@@ -307,8 +361,7 @@ def pick_precision(device, amp='auto'):
         if device.type == 'cuda':
             amp = 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'fp16'
         else:
-            has = (getattr(torch.cpu, f'_is_{unit}_supported', lambda: False)()
-                   for unit in ('avx512_bf16', 'amx_tile'))
+            has = (getattr(torch.cpu, f'_is_{unit}_supported', lambda: False)() for unit in ('avx512_bf16', 'amx_tile'))
             amp = 'bf16' if any(has) else 'fp32'
     if amp == 'fp16' and device.type == 'cpu':
         raise UserError('--amp fp16 needs a CUDA device')
@@ -340,8 +393,7 @@ def start_run(study, args):
     write_json(folder / 'config.json', config)
     start_log(folder / 'log.txt')
     eps = f'eps={args.eps:.5f}' + (f' ({args.eps * 255:.2f}/255)' if args.norm == 'linf' else '')
-    log.info('%s: %s  %s  -> %s', study, eps,
-             ' '.join(f'{k}={v}' for k, v in config.items() if k != 'eps'), folder)
+    log.info('%s: %s  %s  -> %s', study, eps, ' '.join(f'{k}={v}' for k, v in config.items() if k != 'eps'), folder)
     return folder, config
 
 
@@ -404,18 +456,31 @@ def write_json(path, obj):
 # texture phase and contrast vary; background gradient, two soft blobs and noise are nuisance.
 # Frozen: the trials behind these numbers are in docs/shapes.md. A change needs a new version.
 SHAPES_VERSION = 1
-OUTLINES = ('disc', 'square', 'triangle', 'ring', 'cross',
-            'star', 'crescent', 'bar', 'ell', 'two discs')
-TEXTURES = ('bars across', 'diagonal up', 'bars upright', 'diagonal down', 'checks',
-            'dots', 'grid', 'rings', 'zigzag', 'blotches')
+OUTLINES = ('disc', 'square', 'triangle', 'ring', 'cross', 'star', 'crescent', 'bar', 'ell', 'two discs')
+TEXTURES = (
+    'bars across',
+    'diagonal up',
+    'bars upright',
+    'diagonal down',
+    'checks',
+    'dots',
+    'grid',
+    'rings',
+    'zigzag',
+    'blotches',
+)
 SHAPES = dict(
-    radius=(0.60, 0.90),      # of the outline; the frame is [-1, 1] x [-1, 1]
-    angle=(-0.26, 0.26),      # radians; more would turn one stripe texture into another
-    period=(4.0, 8.0),        # of the texture, in pixels of a 32-pixel frame
-    contrast=(0.08, 0.25),    # of the texture, +- around the object's colour, every channel
-    distance=(0.20, 0.50),    # of object and background colour, in the largest channel
+    radius=(0.60, 0.90),  # of the outline; the frame is [-1, 1] x [-1, 1]
+    angle=(-0.26, 0.26),  # radians; more would turn one stripe texture into another
+    period=(4.0, 8.0),  # of the texture, in pixels of a 32-pixel frame
+    contrast=(0.08, 0.25),  # of the texture, +- around the object's colour, every channel
+    distance=(0.20, 0.50),  # of object and background colour, in the largest channel
     background=(0.20, 0.80),
-    gradient=0.10, clutter=0.15, clutter_radius=(0.1, 0.3), noise=0.02)
+    gradient=0.10,
+    clutter=0.15,
+    clutter_radius=(0.1, 0.3),
+    noise=0.02,
+)
 
 
 def _box(u, v, a, b):
@@ -450,7 +515,8 @@ OUTLINE_DISTANCES = (
     lambda u, v: torch.maximum(_radius(u, v) - 0.95, 0.8 - _radius(u - 0.55, v)),
     lambda u, v: _box(u, v, 0.36, 1.0),
     lambda u, v: torch.minimum(_box(u + 0.45, v, 0.36, 0.9), _box(u, v - 0.55, 0.85, 0.35)),
-    lambda u, v: torch.minimum(_radius(u - 0.5, v - 0.42), _radius(u + 0.5, v + 0.42)) - 0.5)
+    lambda u, v: torch.minimum(_radius(u - 0.5, v - 0.42), _radius(u + 0.5, v + 0.42)) - 0.5,
+)
 
 
 def _wave(t):
@@ -464,22 +530,22 @@ def _cosines(u, v):
 
 def _blotches(u, v, blobs):
     at = torch.stack((u, v), -1) / 4
-    return torch.tanh(2 * F.grid_sample(blobs, at, padding_mode='reflection',
-                                        align_corners=True)[:, 0])
+    return torch.tanh(2 * F.grid_sample(blobs, at, padding_mode='reflection', align_corners=True)[:, 0])
 
 
 # (u, v) in periods, blobs (N, 1, 9, 9) -> texture in [-1, 1]
 TEXTURE_WAVES = (
     lambda u, v, _: _wave(v),
-    lambda u, v, _: _wave((u + v) * 0.5 ** 0.5),
+    lambda u, v, _: _wave((u + v) * 0.5**0.5),
     lambda u, v, _: _wave(u),
-    lambda u, v, _: _wave((u - v) * 0.5 ** 0.5),
+    lambda u, v, _: _wave((u - v) * 0.5**0.5),
     lambda u, v, _: _wave(0.75 * u) * _wave(0.75 * v),
     lambda u, v, _: torch.tanh(4 * (sum(_cosines(u, v)) - 0.7)),
     lambda u, v, _: torch.tanh(4 * (torch.maximum(*_cosines(u, v)) - 0.55)),
     lambda u, v, _: _wave(_radius(u, v)),
     lambda u, v, _: _wave(v + 1.2 * (torch.remainder(0.7 * u, 1) - 0.5).abs()),
-    _blotches)
+    _blotches,
+)
 
 
 def shape_parameters(n, generator, outline=None, texture=None):
@@ -488,6 +554,7 @@ def shape_parameters(n, generator, outline=None, texture=None):
     outline, texture: int64 (n,) or None (outline 0, 1, ..., 9, 0, ...; texture = outline).
     Returns a dict of tensors whose first dimension is n.
     """
+
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
@@ -499,15 +566,23 @@ def shape_parameters(n, generator, outline=None, texture=None):
     colour = background + way
     colour = torch.where((colour < 0.1) | (colour > 0.9), background - way, colour)
     return dict(
-        outline=outline, texture=outline if texture is None else texture, radius=radius,
-        center=0.9 * (1 - radius[:, None]) * uniform(-1, 1, 2), angle=uniform(*SHAPES['angle']),
-        period=uniform(*SHAPES['period']), phase=uniform(0, 1, 2),
-        contrast=uniform(*SHAPES['contrast']), colour=colour.clamp(0.05, 0.95),
+        outline=outline,
+        texture=outline if texture is None else texture,
+        radius=radius,
+        center=0.9 * (1 - radius[:, None]) * uniform(-1, 1, 2),
+        angle=uniform(*SHAPES['angle']),
+        period=uniform(*SHAPES['period']),
+        phase=uniform(0, 1, 2),
+        contrast=uniform(*SHAPES['contrast']),
+        colour=colour.clamp(0.05, 0.95),
         texture_colour=torch.randint(2, (n, 3), generator=generator) * 2.0 - 1,
-        blobs=torch.randn(n, 1, 9, 9, generator=generator), background=background,
-        gradient=SHAPES['gradient'] * uniform(-1, 1, 3, 2), clutter_center=uniform(-1, 1, 2, 2),
+        blobs=torch.randn(n, 1, 9, 9, generator=generator),
+        background=background,
+        gradient=SHAPES['gradient'] * uniform(-1, 1, 3, 2),
+        clutter_center=uniform(-1, 1, 2, 2),
         clutter_radius=uniform(*SHAPES['clutter_radius'], 2),
-        clutter_colour=SHAPES['clutter'] * uniform(-1, 1, 2, 3))
+        clutter_colour=SHAPES['clutter'] * uniform(-1, 1, 2, 3),
+    )
 
 
 def render_shapes(params, size=32):
@@ -516,6 +591,7 @@ def render_shapes(params, size=32):
     Returns a dict: image (N, 3, S, S) in [0, 1]; and, each (N, 1, S, S): mask (1 inside the
     outline), edge (1 on it) and texture in [-1, 1] over the whole frame.
     """
+
     def col(t):  # (N,) -> (N, 1, 1)
         return t[:, None, None]
 
@@ -533,27 +609,37 @@ def render_shapes(params, size=32):
         i = (p['texture'] == k).nonzero()[:, 0]
         per = 16 / col(p['period'][i])  # the frame is 32 pixels of the nominal size, 2 units
         shift = p['phase'][i] * (TEXTURES[k] != 'rings')
-        wave = wave.index_put((i,), TEXTURE_WAVES[k](
-            u[i] * per + col(shift[:, 0]), v[i] * per + col(shift[:, 1]), p['blobs'][i]))
+        wave = wave.index_put(
+            (i,), TEXTURE_WAVES[k](u[i] * per + col(shift[:, 0]), v[i] * per + col(shift[:, 1]), p['blobs'][i])
+        )
     pixels = distance[:, None] * size / 2
     mask, edge = (0.5 - pixels).clamp(0, 1), (1.5 - pixels.abs()).clamp(0, 1)
-    ground = (p['background'][:, :, None, None] + p['gradient'][:, :, :1, None] * x
-              + p['gradient'][:, :, 1:, None] * y)
+    ground = p['background'][:, :, None, None] + p['gradient'][:, :, :1, None] * x + p['gradient'][:, :, 1:, None] * y
     for j in range(2):
         cx, cy = p['clutter_center'][:, j, :, None, None].unbind(1)
-        blob = torch.exp(-((x - cx) ** 2 + (y - cy) ** 2)
-                         / (2 * col(p['clutter_radius'][:, j]) ** 2))
+        blob = torch.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * col(p['clutter_radius'][:, j]) ** 2))
         ground = ground + p['clutter_colour'][:, j, :, None, None] * blob[:, None]
     flat = p['colour'][:, :, None, None]
-    filled = flat + (col(p['contrast']) * p['texture_colour'][:, :, None])[..., None] * \
-        wave[:, None]
-    return dict(image=(mask * filled + (1 - mask) * ground).clamp(0, 1), mask=mask, edge=edge,
-                texture=wave[:, None], filled=filled.clamp(0, 1),
-                outline_only=(mask * flat + (1 - mask) * ground).clamp(0, 1))
+    filled = flat + (col(p['contrast']) * p['texture_colour'][:, :, None])[..., None] * wave[:, None]
+    return dict(
+        image=(mask * filled + (1 - mask) * ground).clamp(0, 1),
+        mask=mask,
+        edge=edge,
+        texture=wave[:, None],
+        filled=filled.clamp(0, 1),
+        outline_only=(mask * flat + (1 - mask) * ground).clamp(0, 1),
+    )
 
 
-SHAPE_VARIANTS = ('standard', 'cue_conflict', 'outline_only', 'texture_only', 'silhouette',
-                  'silhouette_inverted', 'edges')
+SHAPE_VARIANTS = (
+    'standard',
+    'cue_conflict',
+    'outline_only',
+    'texture_only',
+    'silhouette',
+    'silhouette_inverted',
+    'edges',
+)
 
 
 def conflict_textures(n):
@@ -572,39 +658,48 @@ def make_shapes(n, key, size=32, variant='standard'):
     (n, 1, S, S) and the parameters.
     """
     if variant not in SHAPE_VARIANTS:
-        raise UserError(f"unknown variant '{variant}' of shapes; known: "
-                        + ', '.join(SHAPE_VARIANTS))
+        raise UserError(f"unknown variant '{variant}' of shapes; known: " + ', '.join(SHAPE_VARIANTS))
     generator = make_generator('shapes', SHAPES_VERSION, key)
     texture = conflict_textures(n) if variant == 'cue_conflict' else None
     params = shape_parameters(n, generator, texture=texture)
     images, masks, edges = [], [], []
     for start in range(0, n, 1000):  # bounds the memory
-        drawn = render_shapes({k: v[start:start + 1000] for k, v in params.items()}, size)
-        image = {'outline_only': drawn['outline_only'], 'texture_only': drawn['filled'],
-                 'silhouette': (1 - drawn['mask']).expand(-1, 3, -1, -1),
-                 'silhouette_inverted': drawn['mask'].expand(-1, 3, -1, -1),
-                 'edges': (1 - drawn['edge']).expand(-1, 3, -1, -1)}.get(variant, drawn['image'])
+        drawn = render_shapes({k: v[start : start + 1000] for k, v in params.items()}, size)
+        image = {
+            'outline_only': drawn['outline_only'],
+            'texture_only': drawn['filled'],
+            'silhouette': (1 - drawn['mask']).expand(-1, 3, -1, -1),
+            'silhouette_inverted': drawn['mask'].expand(-1, 3, -1, -1),
+            'edges': (1 - drawn['edge']).expand(-1, 3, -1, -1),
+        }.get(variant, drawn['image'])
         if variant not in ('silhouette', 'silhouette_inverted', 'edges'):
             image = image + SHAPES['noise'] * torch.randn(image.shape, generator=generator)
         images.append((image.clamp(0, 1) * 255).round().byte())
         masks.append(drawn['mask'])
         edges.append(drawn['edge'])
-    return torch.cat(images), dict(outline=params['outline'], texture=params['texture'],
-                                   mask=torch.cat(masks), edge=torch.cat(edges), params=params)
+    return torch.cat(images), dict(
+        outline=params['outline'],
+        texture=params['texture'],
+        mask=torch.cat(masks),
+        edge=torch.cat(edges),
+        params=params,
+    )
 
 
 # ---------------------------------------------------------------------------------- 3. Data
 
+
 @dataclass
 class Data:
     """Images as uint8 on the device, or a dataset to stream the training images from."""
+
     name: str
-    classes: tuple                  # names, class k at place k
-    train: tuple                    # (x uint8 (N, C, H, W), y int64 (N,)); x None if streamed
-    val: tuple                      # held out of the training set; selects checkpoints
-    test: tuple                     # never selects anything
-    pad: int = 0                    # random crops: zero padding on each side
-    flip: bool = False              # random horizontal flips
+    classes: tuple  # names, class k at place k
+    train: tuple  # (x uint8 (N, C, H, W), y int64 (N,)); x None if streamed
+    val: tuple  # held out of the training set; selects checkpoints
+    test: tuple  # never selects anything
+    pad: int = 0  # random crops: zero padding on each side
+    flip: bool = False  # random horizontal flips
     stream: object = field(default=None, repr=False)  # folder: yields (uint8 image, label)
 
     @property
@@ -623,8 +718,9 @@ TORCHVISION = {
 }
 
 
-def load_data(name, root='data', *, trust=False, train_size=0, test_size=0, val_size=0,
-              image_size=0, pad=None, device='cpu'):
+def load_data(
+    name, root='data', *, trust=False, train_size=0, test_size=0, val_size=0, image_size=0, pad=None, device='cpu'
+):
     """Load a data set and hold a validation split out of its training images.
 
     name: see DEFAULTS; 'folder:PATH' has class folders below PATH/train and PATH/test (or
@@ -649,25 +745,27 @@ def load_data(name, root='data', *, trust=False, train_size=0, test_size=0, val_
         _, _, usual_pad, flip = TORCHVISION[name]
         with first_in():
             (x, y, classes), (x_test, y_test, _) = (
-                _load_torchvision(name, root, split, trust) for split in ('train', 'test'))
+                _load_torchvision(name, root, split, trust) for split in ('train', 'test')
+            )
     k = len(classes)
     order = _balanced_order(y, k, make_generator('split', name))
     val_size = val_size or min(1000, max(len(y) // 20, 1))
     train_size = train_size or len(y) - val_size
     if train_size + val_size > len(y):
-        raise UserError(f'--train-size {train_size} and {val_size} validation images are more '
-                        f'than the {len(y)} training images of {name}')
+        raise UserError(
+            f'--train-size {train_size} and {val_size} validation images are more '
+            f'than the {len(y)} training images of {name}'
+        )
     if test_size > len(y_test):
         raise UserError(f'--test-size {test_size} is more than the {len(y_test)} of {name}')
     # sorted, so that the whole training set keeps its order whatever the split's seed
-    val, train = order[:val_size].sort()[0], order[val_size:val_size + train_size].sort()[0]
-    test = _balanced_order(y_test, k, make_generator('test', name))[:test_size or None].sort()[0]
+    val, train = order[:val_size].sort()[0], order[val_size : val_size + train_size].sort()[0]
+    test = _balanced_order(y_test, k, make_generator('test', name))[: test_size or None].sort()[0]
     if stream:
         x_val, stream = _decode(stream, val), torch.utils.data.Subset(stream, train.tolist())
     else:
         x_val = x[val]
-    pick = [(None if stream else x[train], y[train]), (x_val, y[val]),
-            (x_test[test], y_test[test])]
+    pick = [(None if stream else x[train], y[train]), (x_val, y[val]), (x_test[test], y_test[test])]
     pick = [(None if a is None else a.to(device), b.to(device)) for a, b in pick]
     return Data(name, tuple(classes), *pick, usual_pad if pad is None else pad, flip, stream)
 
@@ -687,13 +785,25 @@ def _load_torchvision(name, root, split, trust):
     choose = dict(split=split) if name in ('svhn', 'stl10') else dict(train=split == 'train')
     present = path.exists()
     if trust and not name.endswith('mnist'):  # the MNISTs are not checked once unpacked
+
         def unchecked(files):
             return [[f[0], None] for f in files]
-        changes = {'train_list': unchecked, 'test_list': unchecked,
-                   'meta': lambda meta: dict(meta, md5=None),
-                   'split_list': lambda d: {k: [v[0], v[1], None] for k, v in d.items()}}
-        cls = type(cls.__name__, (cls,), {attribute: change(getattr(cls, attribute))
-                   for attribute, change in changes.items() if hasattr(cls, attribute)})
+
+        changes = {
+            'train_list': unchecked,
+            'test_list': unchecked,
+            'meta': lambda meta: dict(meta, md5=None),
+            'split_list': lambda d: {k: [v[0], v[1], None] for k, v in d.items()},
+        }
+        cls = type(
+            cls.__name__,
+            (cls,),
+            {
+                attribute: change(getattr(cls, attribute))
+                for attribute, change in changes.items()
+                if hasattr(cls, attribute)
+            },
+        )
     try:
         with contextlib.redirect_stdout(sys.stderr):
             data = cls(root, download=not present, **choose)
@@ -710,15 +820,18 @@ def _load_torchvision(name, root, split, trust):
         if not isinstance(error, Exception):
             raise
         if not present:
-            raise UserError(f'no {name} in {root} and the download failed ({_short(error)}); '
-                            'give the folder that holds it with --data-root')
+            raise UserError(
+                f'no {name} in {root} and the download failed ({_short(error)}); '
+                'give the folder that holds it with --data-root'
+            )
         if 'corrupted' in str(error) and not trust:
-            raise UserError(f"the {name} files in {root} are incomplete or differ from "
-                            "torchvision's checksums: --trust-data takes them as they are, "
-                            "deleting them downloads them afresh")
+            raise UserError(
+                f"the {name} files in {root} are incomplete or differ from "
+                "torchvision's checksums: --trust-data takes them as they are, "
+                "deleting them downloads them afresh"
+            )
         why = 'some are missing' if 'not found' in str(error) else _short(error)
-        raise UserError(f'the {name} files in {root} cannot be read ({why}); deleting them '
-                        'downloads them afresh')
+        raise UserError(f'the {name} files in {root} cannot be read ({why}); deleting them downloads them afresh')
     if x.dim() == 3:
         x = x[:, None]
     elif x.shape[-1] == 3:
@@ -733,23 +846,23 @@ def _short(error):
 def _open_folder(path, size, test_size):
     """Training images to stream, and the test images decoded (at most test_size or 1000)."""
     from torchvision.transforms import v2
+
     edge = round(size * 1.14)  # the usual 256 for 224; random crops use the margin
     read = v2.Compose([v2.PILToTensor(), v2.Resize(edge, antialias=True), v2.CenterCrop(edge)])
-    test = next((Path(path, name) for name in ('test', 'val') if Path(path, name).is_dir()),
-                None)
+    test = next((Path(path, name) for name in ('test', 'val') if Path(path, name).is_dir()), None)
     if not Path(path, 'train').is_dir() or not test:
-        raise UserError(f'{path} needs the folders train/ and test/ (or val/), each with one '
-                        'folder per class')
+        raise UserError(f'{path} needs the folders train/ and test/ (or val/), each with one folder per class')
     try:
-        train, test = (torchvision.datasets.ImageFolder(p, read, loader=_read_image)
-                       for p in (Path(path, 'train'), test))
+        train, test = (
+            torchvision.datasets.ImageFolder(p, read, loader=_read_image) for p in (Path(path, 'train'), test)
+        )
     except FileNotFoundError as error:
         raise UserError(_short(error))
     if train.classes != test.classes:
         raise UserError(f'train and test folders of {path} have different classes')
     y = torch.tensor(test.targets)
     keep = _balanced_order(y, len(test.classes), make_generator('test', path))
-    keep = keep[:test_size or 1000].sort()[0]
+    keep = keep[: test_size or 1000].sort()[0]
     return train, _decode(test, keep), y[keep], tuple(train.classes)
 
 
@@ -765,7 +878,7 @@ def _decode(dataset, indices):
     x = torch.stack([dataset[i][0] for i in indices.tolist()])
     margin = (x.shape[-1] - round(x.shape[-1] / 1.14)) // 2
     size = round(x.shape[-1] / 1.14)
-    return x[..., margin:margin + size, margin:margin + size].contiguous()
+    return x[..., margin : margin + size, margin : margin + size].contiguous()
 
 
 def to_float(x):
@@ -810,8 +923,7 @@ def permute_patches(x, order):
     k = math.isqrt(order.shape[-1])
     patches = x.reshape(n, c, k, h // k, k, w // k).permute(0, 2, 4, 1, 3, 5)
     patches = patches.reshape(n, k * k, c, h // k, w // k)
-    patches = patches[torch.arange(n, device=x.device)[:, None],
-                      order.to(x.device).expand(n, -1)]
+    patches = patches[torch.arange(n, device=x.device)[:, None], order.to(x.device).expand(n, -1)]
     patches = patches.view(n, k, k, c, h // k, w // k).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(n, c, h, w)
 
@@ -825,19 +937,21 @@ def train_batches(data, batch_size, generator, device):
     n = len(data.train[1])
     batch_size = min(batch_size, n)
     if data.stream:
-        host = torch.Generator().manual_seed(
-            int(torch.randint(2 ** 31, (1,), generator=generator, device=device)))
+        host = torch.Generator().manual_seed(int(torch.randint(2**31, (1,), generator=generator, device=device)))
         sampler = torch.utils.data.RandomSampler(data.stream, generator=host)
         batches = torch.utils.data.BatchSampler(sampler, batch_size, drop_last=True)
-        source = _without_traceback(torch.utils.data.DataLoader(
-            data.stream,  # many processes decode a part each
-            batch_sampler=(_own(i, row_counts(batch_size)) for i in batches),
-            generator=host, num_workers=min(8, os.cpu_count() or 1),
-            pin_memory=device.type == 'cuda'))
+        source = _without_traceback(
+            torch.utils.data.DataLoader(
+                data.stream,  # many processes decode a part each
+                batch_sampler=(_own(i, row_counts(batch_size)) for i in batches),
+                generator=host,
+                num_workers=min(8, os.cpu_count() or 1),
+                pin_memory=device.type == 'cuda',
+            )
+        )
     else:
         order = torch.randperm(n, generator=generator, device=device)
-        source = ((data.train[0][i], data.train[1][i]) for i in
-                  order[:n - n % batch_size].split(batch_size))
+        source = ((data.train[0][i], data.train[1][i]) for i in order[: n - n % batch_size].split(batch_size))
     for x, y in source:
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         if data.stream:
@@ -860,6 +974,7 @@ def _without_traceback(loader):
 
 
 # -------------------------------------------------------------------------------- 4. Models
+
 
 class Normalize(nn.Module):
     """(x - mean) / std per channel: the first layer of every model, so that inputs and
@@ -885,8 +1000,9 @@ def conv_bn(x, conv, bn):
     if bn.training or bn.running_var is None:
         return bn(conv(x))
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
-    return F.conv2d(x, conv.weight * scale[:, None, None, None],
-                    bn.bias - bn.running_mean * scale, conv.stride, conv.padding)
+    return F.conv2d(
+        x, conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale, conv.stride, conv.padding
+    )
 
 
 class ConvBlock(nn.Module):
@@ -952,8 +1068,8 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False),
-                nn.BatchNorm2d(channels))
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
 
     def forward(self, x):
         out = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)
@@ -974,8 +1090,7 @@ class PreActBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False))
+            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False))
 
     def forward(self, x):
         out = self.relu1(self.bn1(x))
@@ -995,15 +1110,13 @@ class ResNet18(nn.Module):
         self.bn = nn.BatchNorm2d(512) if block is PreActBlock else None
         widths = (64, 64, 128, 256, 512)
         for i in range(1, 5):
-            layer = nn.Sequential(block(widths[i - 1], widths[i], 1 if i == 1 else 2),
-                                  block(widths[i], widths[i], 1))
+            layer = nn.Sequential(block(widths[i - 1], widths[i], 1 if i == 1 else 2), block(widths[i], widths[i], 1))
             setattr(self, f'layer{i}', layer)
         self.linear = nn.Linear(512, classes)
 
     def forward(self, x):
         x = self.normalize(x)
-        x = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True) if self.bn1 \
-            else self.conv1(x)
+        x = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True) if self.bn1 else self.conv1(x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         if self.bn:
             x = F.relu(self.bn(x), inplace=True)
@@ -1020,9 +1133,12 @@ class WideResNet(nn.Module):
         self.normalize = Normalize([0.0] * channels, [1.0] * channels)
         self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
         for i in range(1, 4):
-            layer = nn.Sequential(*(PreActBlock(
-                widths[i - 1] if j == 0 else widths[i], widths[i],
-                2 if i > 1 and j == 0 else 1, slope) for j in range(blocks)))
+            layer = nn.Sequential(
+                *(
+                    PreActBlock(widths[i - 1] if j == 0 else widths[i], widths[i], 2 if i > 1 and j == 0 else 1, slope)
+                    for j in range(blocks)
+                )
+            )
             setattr(self, f'block{i}', layer)
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.relu = nn.LeakyReLU(slope)
@@ -1067,12 +1183,10 @@ def make_model(arch, classes=10, shape=(3, 32, 32), seed=0, weights=None):
         elif arch == 'lenet5':
             model = LeNet5(classes, channels, size)
         elif arch in ('resnet18', 'preact-resnet18'):
-            model = ResNet18(classes, channels,
-                             BasicBlock if arch == 'resnet18' else PreActBlock)
+            model = ResNet18(classes, channels, BasicBlock if arch == 'resnet18' else PreActBlock)
         elif arch.startswith('wrn-'):
             depth, width = map(int, arch.split('-')[1:])
-            model = WideResNet(classes, channels, depth, width,
-                               0.1 if arch == 'wrn-10-1' else 0.0, size)
+            model = WideResNet(classes, channels, depth, width, 0.1 if arch == 'wrn-10-1' else 0.0, size)
         elif arch in ('alexnet', 'googlenet', 'resnet50'):
             extra = dict(aux_logits=False, init_weights=True) if arch == 'googlenet' else {}
             model = Normalized(getattr(torchvision.models, arch)(num_classes=classes, **extra))
@@ -1083,8 +1197,7 @@ def make_model(arch, classes=10, shape=(3, 32, 32), seed=0, weights=None):
             with first_in():
                 model.model = torchvision.models.get_model(arch, weights=weights)
         except Exception as error:
-            raise UserError(f"torchvision's weights for {arch} are not to be had "
-                            f'({_short(error)})')
+            raise UserError(f"torchvision's weights for {arch} are not to be had ({_short(error)})")
     elif weights:
         load_weights(model, weights)
     return model.to(memory_format=torch.channels_last)
@@ -1099,10 +1212,10 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f'no checkpoint at {path}')
     except Exception as error:
-        why = 'it holds no weights, or more than weights' \
-            if isinstance(error, pickle.UnpicklingError) else _short(error)
-        raise UserError(f'{path} is not a readable checkpoint ({why}); delete it, or save a '
-                        'plain state_dict')
+        why = (
+            'it holds no weights, or more than weights' if isinstance(error, pickle.UnpicklingError) else _short(error)
+        )
+        raise UserError(f'{path} is not a readable checkpoint ({why}); delete it, or save a plain state_dict')
 
 
 def load_weights(model, path):
@@ -1120,14 +1233,13 @@ def load_weights(model, path):
         state = {k[13:]: v for k, v in state.items() if k.startswith('module.model.')}
     for prefix in ('module.', '_orig_mod.', 'model.'):
         if all(k.startswith(prefix) for k in state):
-            state = {k[len(prefix):]: v for k, v in state.items()}
+            state = {k[len(prefix) :]: v for k, v in state.items()}
     if isinstance(model, Normalized):
         model = model.model
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f'{path} does not fit {type(model).__name__}: '
-                        + str(error).splitlines()[1].strip()[:160])
+        raise UserError(f'{path} does not fit {type(model).__name__}: ' + str(error).splitlines()[1].strip()[:160])
 
 
 def final_logits(output):
@@ -1181,9 +1293,13 @@ def join(device):
         if local >= torch.cuda.device_count():
             raise UserError(f'more processes than the {torch.cuda.device_count()} GPUs here')
         torch.cuda.set_device(local)
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', rank=place,
-                            store=_joined['store'], world_size=size,
-                            timeout=timedelta(hours=12))  # the others wait for a download
+    dist.init_process_group(
+        'nccl' if device.type == 'cuda' else 'gloo',
+        rank=place,
+        store=_joined['store'],
+        world_size=size,
+        timeout=timedelta(hours=12),
+    )  # the others wait for a download
     _joined['size'] = size
 
 
@@ -1228,8 +1344,8 @@ def row_counts(n):
 
 
 def _own(rows, counts):
-    start = sum(counts[:rank()]) if len(counts) > 1 else 0
-    return rows[start:start + counts[rank() if len(counts) > 1 else 0]]
+    start = sum(counts[: rank()]) if len(counts) > 1 else 0
+    return rows[start : start + counts[rank() if len(counts) > 1 else 0]]
 
 
 def _gather(t, counts):
@@ -1240,7 +1356,7 @@ def _gather(t, counts):
     image = t.dim() == 4
     t = t.permute(0, 2, 3, 1) if image else t
     padded = t.new_zeros(max(counts), *t.shape[1:])  # which all_gather needs
-    padded[:len(t)] = t
+    padded[: len(t)] = t
     parts = [torch.empty_like(padded).view(-1).view(torch.uint8) for _ in counts]
     dist.all_gather(parts, padded.view(-1).view(torch.uint8))
     whole = torch.cat([part.view(t.dtype).view_as(padded)[:n] for part, n in zip(parts, counts)])
@@ -1250,6 +1366,7 @@ def _gather(t, counts):
 # Inside the model gradients are `scale` times too large, so that the mean over the processes
 # is the gradient of the network's part of the loss, and also of terms, such as a penalty on
 # the weights, that every process computes in full.
+
 
 class _Split(torch.autograd.Function):
     @staticmethod
@@ -1321,17 +1438,15 @@ def spread(model):
 
         def part(t):
             return _Split.apply(t, counts, scale) if t.dim() and len(t) == n else t
+
         return _each(part, inputs), _each(part, named)
 
     def join(module, inputs, output):
         return _each(lambda t: _Join.apply(t, now['counts'], now['scale']), output)
 
-    changed = {nn.modules.batchnorm._BatchNorm: _whole_batch_norm,
-               nn.Dropout: partial(_whole_dropout, now)}
-    modules = [(m, f) for m in model.modules() for kind, f in changed.items()
-               if isinstance(m, kind)]
-    hooks = [model.register_forward_pre_hook(split, with_kwargs=True),
-             model.register_forward_hook(join)]
+    changed = {nn.modules.batchnorm._BatchNorm: _whole_batch_norm, nn.Dropout: partial(_whole_dropout, now)}
+    modules = [(m, f) for m in model.modules() for kind, f in changed.items() if isinstance(m, kind)]
+    hooks = [model.register_forward_pre_hook(split, with_kwargs=True), model.register_forward_hook(join)]
     for module, function in modules:
         module.forward = partial(function, module)
     model.is_spread = True
@@ -1391,6 +1506,7 @@ def average_gradients(parameters):
 
 # Losses of a model's output; of a model that returns more than its logits, they see those.
 
+
 def cross_entropy(output, y):
     return F.cross_entropy(final_logits(output).float(), y, reduction='none')
 
@@ -1448,9 +1564,8 @@ def loss_and_gradient(model, x, y, loss_fn):
     loss = loss_fn(output, y)
     kind = x.device.type
     half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    gradient, = torch.autograd.grad(loss.sum() * (128 if half else 1), x)
-    return (final_logits(output).detach(), loss.detach().float(),
-            gradient / 128 if half else gradient)
+    (gradient,) = torch.autograd.grad(loss.sum() * (128 if half else 1), x)
+    return (final_logits(output).detach(), loss.detach().float(), gradient / 128 if half else gradient)
 
 
 def _flat_norm(v):
@@ -1484,12 +1599,25 @@ def random_start(x, eps, norm, generator=None):
 def _check_eps(eps, norm):
     if norm not in ('linf', 'l2'):
         raise UserError(f"unknown norm '{norm}'; known: linf, l2")
-    if not eps >= 0 or norm == 'linf' and eps > 1:
+    if not eps >= 0 or (norm == 'linf' and eps > 1):
         raise UserError(f'eps {eps:g} is outside [0, 1]')
 
 
-def pgd(model, x, y, *, eps, step_size, steps, norm='linf', loss='ce', start='random',
-        restarts=1, drop_fooled=False, generator=None):
+def pgd(
+    model,
+    x,
+    y,
+    *,
+    eps,
+    step_size,
+    steps,
+    norm='linf',
+    loss='ce',
+    start='random',
+    restarts=1,
+    drop_fooled=False,
+    generator=None,
+):
     """Projected gradient ascent on a loss (Madry et al. 2018).
 
     x: (N, C, H, W) in [0, 1]; y: (N,). loss: 'ce', 'margin', 'dlr' or a function
@@ -1538,15 +1666,13 @@ def pgd(model, x, y, *, eps, step_size, steps, norm='linf', loss='ce', start='ra
                     todo, x_adv = todo[keep], x_adv[keep]
                     gradient = gradient[keep] if step < steps else None
                 if step < steps and len(todo):
-                    x_adv = project(x_adv + step_size * _steepest(gradient, norm), x[todo], eps,
-                                    norm)
+                    x_adv = project(x_adv + step_size * _steepest(gradient, norm), x[todo], eps, norm)
     return best
 
 
 def fgsm(model, x, y, *, eps, norm='linf', loss='ce'):
     """One full step along the sign of the gradient (Goodfellow et al. 2015)."""
-    return pgd(model, x, y, eps=eps, step_size=eps, steps=1, norm=norm, loss=loss,
-               start='clean')
+    return pgd(model, x, y, eps=eps, step_size=eps, steps=1, norm=norm, loss=loss, start='clean')
 
 
 def apgd_checkpoints(steps):
@@ -1557,8 +1683,7 @@ def apgd_checkpoints(steps):
     return [math.ceil(p * steps / 100) for p in percent[:-1]]
 
 
-def apgd(model, x, y, *, eps, steps=100, norm='linf', loss='ce', restarts=1, targets=0,
-         start='random', generator=None):
+def apgd(model, x, y, *, eps, steps=100, norm='linf', loss='ce', restarts=1, targets=0, start='random', generator=None):
     """Auto-PGD (Croce & Hein 2020, algorithm 1): momentum 0.75, first step 2 eps, halved where
     the loss stalls; needs no step size.
 
@@ -1610,7 +1735,8 @@ def _apgd_run(model, x, y, x0, todo, objective, eps, steps, norm):
     for k in range(steps + 1):
         # f(x_k) and its gradient; x_k is the k-th iterate
         logits, value, gradient = loss_and_gradient(
-            model, x_k, y[todo[at]], lambda output, _: objective(output, todo[at]))
+            model, x_k, y[todo[at]], lambda output, _: objective(output, todo[at])
+        )
         rises = rises + (value > last_value) if k else rises
         improved = value > best_value
         best_value = torch.where(improved, value, best_value)
@@ -1638,15 +1764,38 @@ def _apgd_run(model, x, y, x0, todo, objective, eps, steps, norm):
         if hit.any():
             keep = ~hit
             at = at[keep]
-            (x_k, x_previous, x_best, step, gradient, best_gradient, best_value, last_value,
-             last_best, last_step, rises) = (v[keep] for v in (
-                 x_k, x_previous, x_best, step, gradient, best_gradient, best_value,
-                 last_value, last_best, last_step, rises))
+            (
+                x_k,
+                x_previous,
+                x_best,
+                step,
+                gradient,
+                best_gradient,
+                best_value,
+                last_value,
+                last_best,
+                last_step,
+                rises,
+            ) = (
+                v[keep]
+                for v in (
+                    x_k,
+                    x_previous,
+                    x_best,
+                    step,
+                    gradient,
+                    best_gradient,
+                    best_value,
+                    last_value,
+                    last_best,
+                    last_step,
+                    rises,
+                )
+            )
         clean = x[todo[at]]
         z = project(x_k + step * _steepest(gradient, norm), clean, eps, norm)
         share = 0.75 if k else 1.0
-        x_next = project(x_k + share * (z - x_k) + (1 - share) * (x_k - x_previous), clean, eps,
-                         norm)
+        x_next = project(x_k + share * (z - x_k) + (1 - share) * (x_k - x_previous), clean, eps, norm)
         x_previous, x_k = x_k, x_next
     return result, result_loss, fooled
 
@@ -1672,9 +1821,8 @@ def square(model, x, y, *, eps, queries=1000, p_init=0.8, generator=None):
         worst = torch.full((n,), math.inf, device=device)  # true logit minus largest other
         rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
         for query in range(queries):
-            halvings = sum(query / queries > q / 10000
-                           for q in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
-            side = max(1, min(round(math.sqrt(p_init / 2 ** halvings * h * w)), h - 1, w - 1))
+            halvings = sum(query / queries > q / 10000 for q in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+            side = max(1, min(round(math.sqrt(p_init / 2**halvings * h * w)), h - 1, w - 1))
             top = torch.randint(h - side + 1, (n, 1), generator=generator, device=device)
             left = torch.randint(w - side + 1, (n, 1), generator=generator, device=device)
             colour = signs(n, c, 1, 1)
@@ -1683,10 +1831,9 @@ def square(model, x, y, *, eps, queries=1000, p_init=0.8, generator=None):
             else:
                 row = (rows >= top[todo]) & (rows < top[todo] + side)
                 column = (columns >= left[todo]) & (columns < left[todo] + side)
-                patch = (row[:, None, :, None] & column[:, None, None, :])
+                patch = row[:, None, :, None] & column[:, None, None, :]
                 clean = x[todo]
-                candidate = torch.where(patch, (clean + eps * colour[todo]).clamp(0, 1),
-                                        best[todo])
+                candidate = torch.where(patch, (clean + eps * colour[todo]).clamp(0, 1), best[todo])
             value = -margin(model(candidate), y[todo]).float()
             better = value < worst[todo]
             best[todo[better]], worst[todo[better]] = candidate[better], value[better]
@@ -1705,8 +1852,9 @@ def predict(model, x):
 def logits_of(model, x, batch_size=250):
     """Logits (N, K) in eval mode, without gradients. x: uint8 or float."""
     with frozen(model), spread(model), torch.no_grad():
-        return torch.cat([final_logits(model(to_float(b) if b.dtype == torch.uint8 else b))
-                          for b in x.split(batch_size)])
+        return torch.cat(
+            [final_logits(model(to_float(b) if b.dtype == torch.uint8 else b)) for b in x.split(batch_size)]
+        )
 
 
 def correct_under(model, x, y, attack=None, batch_size=250):
@@ -1720,7 +1868,7 @@ def correct_under(model, x, y, attack=None, batch_size=250):
     correct = []
     with frozen(model), spread(model):
         for i in range(0, len(y), batch_size):
-            a, b = x[i:i + batch_size], y[i:i + batch_size]
+            a, b = x[i : i + batch_size], y[i : i + batch_size]
             a = to_float(a) if a.dtype == torch.uint8 else a
             x_adv = attack(model, a, b) if attack else a
             if attack and 'eps' in limits:
@@ -1753,11 +1901,11 @@ def evaluation_attacks(args, seed, device, eps=None, pgd_steps=20):
 
     attacks = {'fgsm': partial(fgsm, eps=eps, norm=args.norm)}
     for steps, step_size in ((pgd_steps, eps / 4), (100, eps / 10)):
-        attacks[f'pgd{steps}'] = of(pgd, f'pgd{steps}', norm=args.norm, steps=steps,
-                                    step_size=step_size, drop_fooled=True)
+        attacks[f'pgd{steps}'] = of(
+            pgd, f'pgd{steps}', norm=args.norm, steps=steps, step_size=step_size, drop_fooled=True
+        )
     attacks['apgd_ce'] = of(apgd, 'apgd_ce', norm=args.norm, steps=args.apgd_steps)
-    attacks['apgd_t'] = of(apgd, 'apgd_t', norm=args.norm, steps=args.apgd_steps,
-                           targets=args.targets)
+    attacks['apgd_t'] = of(apgd, 'apgd_t', norm=args.norm, steps=args.apgd_steps, targets=args.targets)
     if args.norm == 'linf':
         attacks['square'] = of(square, 'square', queries=args.square_queries)
     return attacks
@@ -1770,6 +1918,7 @@ def masking_check(model, x, y, correct, *, eps, norm='linf', loss='margin', gene
     x, y: a small batch of float images; correct: {attack: (N,) bool} of the evaluation, any
     of 'fgsm', 'pgd20', 'pgd100', 'apgd_ce', 'apgd_t', 'square'; loss: of the unbounded attack.
     """
+
     def rate(name):
         return correct[name].float().mean().item()
 
@@ -1778,31 +1927,42 @@ def masking_check(model, x, y, correct, *, eps, norm='linf', loss='margin', gene
         logits = final_logits(model(x)).detach()
         again = final_logits(model(x)).detach()
         rows = logits.sum(1)
-        free = pgd(model, x, y, eps=1.0 if norm == 'linf' else 0.5 * x[0].numel() ** 0.5,
-                   step_size=0.1 if norm == 'linf' else 2.0, steps=30, norm=norm,
-                   loss=loss, drop_fooled=True, generator=generator)
+        free = pgd(
+            model,
+            x,
+            y,
+            eps=1.0 if norm == 'linf' else 0.5 * x[0].numel() ** 0.5,
+            step_size=0.1 if norm == 'linf' else 2.0,
+            steps=30,
+            norm=norm,
+            loss=loss,
+            drop_fooled=True,
+            generator=generator,
+        )
         unbounded = (predict(model, free) == y).float().mean().item()
     zero = (gradient.flatten(1).abs().amax(1) == 0).float().mean().item()
     chance = 1.5 / logits.shape[1]
     checks = {
         'zero input gradients (share of images)': (zero, 0.05),
-        'random outputs (share of images)': (
-            (logits != again).any(1).float().mean().item(), 0.0),
+        'random outputs (share of images)': ((logits != again).any(1).float().mean().item(), 0.0),
         'outputs are probabilities (share of images)': (
-            (((rows - 1).abs() < 1e-4) & (logits >= 0).all(1)).float().mean().item(), 0.5),
+            (((rows - 1).abs() < 1e-4) & (logits >= 0).all(1)).float().mean().item(),
+            0.5,
+        ),
         'unbounded attack leaves accuracy': (unbounded, chance),
     }
-    pairs = (('one step beats twenty', 'pgd20', 'fgsm', 0.01),
-             ('twenty steps are too few', 'pgd20', 'pgd100', 0.03),
-             ('cross-entropy is a poor attack', 'apgd_ce', 'apgd_t', 0.08))
+    pairs = (
+        ('one step beats twenty', 'pgd20', 'fgsm', 0.01),
+        ('twenty steps are too few', 'pgd20', 'pgd100', 0.03),
+        ('cross-entropy is a poor attack', 'apgd_ce', 'apgd_t', 0.08),
+    )
     for text, weak, strong, threshold in pairs:
         if weak in correct and strong in correct:
             checks[text + ' (gap)'] = (rate(weak) - rate(strong), threshold)
     white = [v for k, v in correct.items() if k not in ('natural', 'square', 'worst')]
     if 'square' in correct and white:
         white = torch.stack(list(white)).all(0)
-        checks['black box finds what white box misses'] = (
-            (white & ~correct['square']).float().mean().item(), 0.01)
+        checks['black box finds what white box misses'] = ((white & ~correct['square']).float().mean().item(), 0.01)
     return {k: (value, limit, value > limit) for k, (value, limit) in checks.items()}
 
 
@@ -1814,8 +1974,9 @@ def eps_curve(model, x, y, *, eps, norm='linf', loss='margin', generator=None):
     accuracy = []
     for multiple in EPS_MULTIPLES:
         radius = min(multiple * eps, 1.0 if norm == 'linf' else math.inf)
-        attack = partial(pgd, eps=radius, norm=norm, steps=20, step_size=radius / 8, loss=loss,
-                         drop_fooled=True, generator=generator)
+        attack = partial(
+            pgd, eps=radius, norm=norm, steps=20, step_size=radius / 8, loss=loss, drop_fooled=True, generator=generator
+        )
         accuracy.append(correct_under(model, x, y, attack).float().mean().item())
     return accuracy
 
@@ -1824,6 +1985,7 @@ def eps_curve(model, x, y, *, eps, norm='linf', loss='margin', generator=None):
 
 # Each method is a function (model, x, y, threat, generator) -> loss of one batch, where threat
 # is dict(eps, step_size, steps, norm). The attack runs in eval mode, the update in train mode.
+
 
 def standard_loss(model, x, y, threat, generator):
     """Empirical risk minimisation on natural images."""
@@ -1853,8 +2015,9 @@ def trades_loss(model, x, y, threat, generator, beta=6.0):
     with frozen(model):
         natural = model(x).detach()
     start = x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device)
-    x_adv = pgd(model, x, y, **threat, start=start, generator=generator,
-                loss=lambda logits, _: kl_divergence(logits, natural))
+    x_adv = pgd(
+        model, x, y, **threat, start=start, generator=generator, loss=lambda logits, _: kl_divergence(logits, natural)
+    )
     logits, logits_adv = model(torch.cat((x, x_adv))).chunk(2)
     return F.cross_entropy(logits, y) + beta * kl_divergence(logits_adv, logits).mean()
 
@@ -1870,10 +2033,8 @@ def mart_loss(model, x, y, threat, generator, weight=5.0):
     return boosted + weight * ((1 - true) * kl_divergence(logits_adv, logits)).mean()
 
 
-METHODS = {'standard': standard_loss, 'fgsm': fgsm_loss, 'pgd': pgd_loss,
-           'trades': trades_loss, 'mart': mart_loss}
-METHOD_NAMES = {'standard': 'standard', 'fgsm': 'FGSM-AT', 'pgd': 'PGD-AT', 'trades': 'TRADES',
-                'mart': 'MART'}
+METHODS = {'standard': standard_loss, 'fgsm': fgsm_loss, 'pgd': pgd_loss, 'trades': trades_loss, 'mart': mart_loss}
+METHOD_NAMES = {'standard': 'standard', 'fgsm': 'FGSM-AT', 'pgd': 'PGD-AT', 'trades': 'TRADES', 'mart': 'MART'}
 RECIPE_VERSION = 1  # raise it when a change of this file changes weights
 
 
@@ -1905,8 +2066,20 @@ def eps_factor(warmup, progress):
 
 def model_recipe(args, method, seed, extra=None):
     """Everything that changes the weights; the name of the checkpoint is made of it."""
-    keys = ['dataset', 'arch', 'epochs', 'batch_size', 'lr', 'weight_decay', 'schedule', 'ema',
-            'train_size', 'image_size', 'pad', 'amp']
+    keys = [
+        'dataset',
+        'arch',
+        'epochs',
+        'batch_size',
+        'lr',
+        'weight_decay',
+        'schedule',
+        'ema',
+        'train_size',
+        'image_size',
+        'pad',
+        'amp',
+    ]
     if method != 'standard':
         keys += ['norm', 'eps', 'eps_warmup']
         keys += ['step_size', 'steps'] if method != 'fgsm' else []
@@ -1920,15 +2093,28 @@ def model_recipe(args, method, seed, extra=None):
 def model_path(out, recipe):
     """runs/models/cifar10-resnet18-pgd-linf8-e200-s0-<hash>.pt"""
     r = recipe
-    threat = f"-{r['norm']}{r['eps'] * (255 if r['norm'] == 'linf' else 1):.4g}" \
-        if 'eps' in r else ''
+    threat = f"-{r['norm']}{r['eps'] * (255 if r['norm'] == 'linf' else 1):.4g}" if 'eps' in r else ''
     data = r['dataset'].replace(':', '-').replace('/', '_')
-    return Path(out, 'models', f"{data}-{r['arch']}-{r['method']}{threat}-e{r['epochs']}"
-                               f"-s{r['seed']}-{short_hash(r)}.pt")
+    return Path(
+        out, 'models', f"{data}-{r['arch']}-{r['method']}{threat}-e{r['epochs']}-s{r['seed']}-{short_hash(r)}.pt"
+    )
 
 
-def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=None, extra=None,
-                val_loss='ce', keep=(), labels=None, check_every=1):
+def train_model(
+    args,
+    data,
+    method,
+    seed,
+    device,
+    *,
+    build=make_model,
+    loss_fn=None,
+    extra=None,
+    val_loss='ce',
+    keep=(),
+    labels=None,
+    check_every=1,
+):
     """Train, or take from runs/models, or continue after an interruption.
 
     method: a key of METHODS, or any name with a loss_fn of the same signature; build(arch,
@@ -1950,8 +2136,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     path = model_path(args.out, recipe)
     folder = path.with_suffix('')  # of kept epochs
     beside = folder / 'training.pt'
-    kept = {e: folder / (f'epoch{e:04d}.pt' if e == int(e) else f'epoch{e:012.7f}.pt')
-            for e in keep}
+    kept = {e: folder / (f'epoch{e:04d}.pt' if e == int(e) else f'epoch{e:012.7f}.pt') for e in keep}
 
     def lacks(saved):
         done = len(saved.get('history', ()))
@@ -1982,8 +2167,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     model = build(args.arch, len(data.classes), data.shape, seed).to(device)
     average = copy.deepcopy(model) if args.ema else None
     judged = average or model
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
-                                weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     history, best, best_epoch, seconds = [], None, 0, 0.0
     if saved:
@@ -1993,8 +2177,7 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
                     part.load_state_dict(saved[state])
             if average:
                 average.load_state_dict(saved['average'])
-        history, best, best_epoch, seconds = (
-            saved[k] for k in ('history', 'best', 'best_epoch', 'seconds'))
+        history, best, best_epoch, seconds = (saved[k] for k in ('history', 'best', 'best_epoch', 'seconds'))
         log.info('%s: continuing after epoch %d', name, len(history))
     if 0 in kept and not saved:
         write_weights(kept[0], judged.state_dict())
@@ -2009,12 +2192,17 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
     within = {round(e * per_epoch): file for e, file in kept.items() if e != int(e)}
     threat = dict(eps=args.eps, step_size=args.step_size, steps=args.steps, norm=args.norm)
     started = time.perf_counter() - seconds
-    bar = tqdm(total=args.epochs * per_epoch, initial=len(history) * per_epoch, leave=False,
-               desc=name, disable=not (first() and sys.stderr.isatty()))
+    bar = tqdm(
+        total=args.epochs * per_epoch,
+        initial=len(history) * per_epoch,
+        leave=False,
+        desc=name,
+        disable=not (first() and sys.stderr.isatty()),
+    )
     for epoch in range(len(history), args.epochs):
         generator = make_generator('train', seed, epoch, device=device)
         # for dropout, which takes torch's own generator
-        torch.manual_seed(int(torch.randint(2 ** 31, (1,), generator=generator, device=device)))
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator, device=device)))
         total = torch.zeros((), device=device)
         model.train()
         batches = train_batches(source, args.batch_size, generator, device)
@@ -2039,40 +2227,57 @@ def train_model(args, data, method, seed, device, *, build=make_model, loss_fn=N
             total += loss.detach()
             bar.update()
             if not bar.disable and step % 10 == 0:
-                shown = {k[4:]: f'{v:.3f}' for k, v in (history or [{}])[-1].items()
-                         if k in ('val_natural', 'val_robust')}
+                shown = {
+                    k[4:]: f'{v:.3f}' for k, v in (history or [{}])[-1].items() if k in ('val_natural', 'val_robust')
+                }
                 bar.set_postfix(loss=f'{loss.item():.3f}', **shown)
-        row = dict(method=method, seed=seed, epoch=epoch + 1, lr=lr, eps=now['eps'],
-                   loss=total.item() / per_epoch)
+        row = dict(method=method, seed=seed, epoch=epoch + 1, lr=lr, eps=now['eps'], loss=total.item() / per_epoch)
         checked = (epoch + 1) % check_every == 0 or epoch + 1 == args.epochs
-        row |= epoch_accuracy(judged, data, args, val_loss) if checked else \
-            dict.fromkeys(EPOCH_ACCURACY, math.nan)
+        row |= epoch_accuracy(judged, data, args, val_loss) if checked else dict.fromkeys(EPOCH_ACCURACY, math.nan)
         row['seconds'] = seconds = round(time.perf_counter() - started, 2)
         if not math.isfinite(row['loss']):
-            raise UserError(f'{name}: the loss is {row["loss"]} in epoch {epoch + 1}; try a '
-                            'smaller --lr')
+            raise UserError(f'{name}: the loss is {row["loss"]} in epoch {epoch + 1}; try a smaller --lr')
         # robust accuracy selects, but not in the easier epochs of the warm-up
-        row['score'] = -1.0 if not checked or method != 'standard' and share < 1 else \
-            row['val_natural' if method == 'standard' else 'val_robust']
+        row['score'] = (
+            -1.0
+            if not checked or (method != 'standard' and share < 1)
+            else row['val_natural' if method == 'standard' else 'val_robust']
+        )
         if row['score'] >= max((h['score'] for h in history), default=-1.0):
             best, best_epoch = copy.deepcopy(judged.state_dict()), epoch + 1
         history.append(row)
         if checked:
             bar.clear()
-            log.info('%-9s s%d epoch %3d/%d  loss %.3f  train %.3f / %.3f  val %.3f / %.3f  '
-                     '%4.0f s', name, seed, epoch + 1, args.epochs, row['loss'],
-                     row['train_natural'], row['train_robust'], row['val_natural'],
-                     row['val_robust'], seconds)
-        result = dict(recipe=recipe, history=history, best=best, best_epoch=best_epoch,
-                      seconds=seconds)
+            log.info(
+                '%-9s s%d epoch %3d/%d  loss %.3f  train %.3f / %.3f  val %.3f / %.3f  %4.0f s',
+                name,
+                seed,
+                epoch + 1,
+                args.epochs,
+                row['loss'],
+                row['train_natural'],
+                row['train_robust'],
+                row['val_natural'],
+                row['val_robust'],
+                seconds,
+            )
+        result = dict(recipe=recipe, history=history, best=best, best_epoch=best_epoch, seconds=seconds)
         if epoch + 1 < args.epochs:
-            result |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                           scaler=scaler.state_dict(),
-                           average=average.state_dict() if average else {})
+            result |= dict(
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(),
+                average=average.state_dict() if average else {},
+            )
         else:
             collapsed = row['val_top_share'] > 0.9 and len(data.classes) > 2
-            result |= dict(finished=True, last=judged.state_dict(), collapsed=collapsed,
-                           device=device.type, precision=str(dtype or torch.float32))
+            result |= dict(
+                finished=True,
+                last=judged.state_dict(),
+                collapsed=collapsed,
+                device=device.type,
+                precision=str(dtype or torch.float32),
+            )
         if epoch + 1 in kept:
             write_weights(kept[epoch + 1], judged.state_dict())
         write_weights(path, result)
@@ -2085,8 +2290,11 @@ def read_training(path, recipe):
     if not path.exists():
         return {}
     saved = read_checkpoint(path)
-    if not (isinstance(saved, dict) and saved.get('recipe') == recipe
-            and {'history', 'best', 'last' if saved.get('finished') else 'model'} <= saved.keys()):
+    if not (
+        isinstance(saved, dict)
+        and saved.get('recipe') == recipe
+        and {'history', 'best', 'last' if saved.get('finished') else 'model'} <= saved.keys()
+    ):
         raise UserError(f'{path} holds another model than its name says; delete it')
     return saved
 
@@ -2097,8 +2305,7 @@ def fitting(path):
     try:
         yield
     except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f'{path} does not fit the network, whose code may have changed '
-                        f'({_short(error)}); delete it')
+        raise UserError(f'{path} does not fit the network, whose code may have changed ({_short(error)}); delete it')
 
 
 def write_weights(path, obj):
@@ -2115,9 +2322,12 @@ def write_weights(path, obj):
 def warn_collapsed(result, name):
     """Say that a trained model predicts one class for nearly every image, if it does."""
     if result['collapsed']:
-        log.warning('%s: COLLAPSED, it predicts one class for nearly every image (natural '
-                    'accuracy %.3f); try --eps-warmup 0.5 or a smaller --lr', name,
-                    result['history'][-1]['val_natural'])
+        log.warning(
+            '%s: COLLAPSED, it predicts one class for nearly every image (natural '
+            'accuracy %.3f); try --eps-warmup 0.5 or a smaller --lr',
+            name,
+            result['history'][-1]['val_natural'],
+        )
     return result
 
 
@@ -2131,8 +2341,7 @@ def update_average(average, model, decay):
             a.copy_(b)
 
 
-EPOCH_ACCURACY = ('val_natural', 'val_robust', 'train_natural', 'train_robust', 'val_fgsm',
-                  'val_top_share')
+EPOCH_ACCURACY = ('val_natural', 'val_robust', 'train_natural', 'train_robust', 'val_fgsm', 'val_top_share')
 
 
 def epoch_accuracy(model, data, args, loss='ce'):
@@ -2142,11 +2351,18 @@ def epoch_accuracy(model, data, args, loss='ce'):
     x_val, y_val = data.val
     splits = {'val': (x_val, y_val)}
     if not data.stream:
-        splits['train'] = tuple(t[:len(y_val)] for t in data.train)
+        splits['train'] = tuple(t[: len(y_val)] for t in data.train)
     for name, (x, y) in splits.items():
-        attack = partial(pgd, eps=args.eps, step_size=args.eps / 4, steps=10, norm=args.norm,
-                         loss=loss, drop_fooled=True,
-                         generator=make_generator('epoch', device=x.device))
+        attack = partial(
+            pgd,
+            eps=args.eps,
+            step_size=args.eps / 4,
+            steps=10,
+            norm=args.norm,
+            loss=loss,
+            drop_fooled=True,
+            generator=make_generator('epoch', device=x.device),
+        )
         result[f'{name}_natural'] = correct_under(model, x, y).float().mean().item()
         result[f'{name}_robust'] = correct_under(model, x, y, attack).float().mean().item()
     if data.stream:
@@ -2163,7 +2379,7 @@ def restore(result, which, args, data, device, build=make_model):
     """The trained model of `train_model`'s result in eval mode; which: 'best', 'last' or an
     epoch that was kept."""
     model = build(args.arch, len(data.classes), data.shape, 0).to(device)
-    path = result['path'] if isinstance(which, str) else result['kept'][which]
+    path = result.get('path', 'the result') if isinstance(which, str) else result['kept'][which]
     state = result[which] if isinstance(which, str) else agreed(lambda: read_checkpoint(path))
     with fitting(path):
         model.load_state_dict(state)
@@ -2174,11 +2390,20 @@ def restore(result, which, args, data, device, build=make_model):
 
 COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 METHOD_COLOURS = dict(zip(METHODS, COLOURS))
-STYLE = {'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False,
-         'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': 0.25,
-         'lines.linewidth': 1.5, 'image.cmap': 'viridis',
-         'axes.prop_cycle': matplotlib.cycler(color=COLOURS), 'pdf.fonttype': 42,
-         'savefig.dpi': 150, 'figure.dpi': 150}
+STYLE = {
+    'font.size': 9,
+    'axes.titlesize': 9,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'grid.alpha': 0.25,
+    'lines.linewidth': 1.5,
+    'image.cmap': 'viridis',
+    'axes.prop_cycle': matplotlib.cycler(color=COLOURS),
+    'pdf.fonttype': 42,
+    'savefig.dpi': 150,
+    'figure.dpi': 150,
+}
 
 
 def load_results(folder, config, script, fresh=False):
@@ -2225,13 +2450,15 @@ def measured(args, study, name):
 def measure(results, key, function, folder):
     """results[key], computed by function() once and saved at once, together with what another
     run of the same command has saved meanwhile."""
+
     def others():
         try:
             found = json.loads(path.read_text())
         except (OSError, ValueError):
             return {}
         same = isinstance(found, dict) and all(
-            found.get(k) == json.loads(to_json(results.get(k))) for k in ('config', 'code'))
+            found.get(k) == json.loads(to_json(results.get(k))) for k in ('config', 'code')
+        )
         return found if same else {}
 
     path = Path(folder, 'results.json')
@@ -2296,8 +2523,7 @@ def eps_text(config):
     """'eps 8/255' of a run's configuration."""
     if config['norm'] == 'l2':
         return f"l2 eps {config['eps']:.3g}"
-    return f"eps {config['eps'] * 255:.3g}/255" if config['eps'] < 0.1 else \
-        f"eps {config['eps']:.3g}"
+    return f"eps {config['eps'] * 255:.3g}/255" if config['eps'] < 0.1 else f"eps {config['eps']:.3g}"
 
 
 def write_metrics(path, rows):
@@ -2325,8 +2551,11 @@ def bootstrap(statistic, *arrays, draws=1000, seed=0, level=0.95):
         i = rng.integers(images, size=images)
         values.append(statistic(*(a[np.ix_(s, i)] for a in arrays)))
     values = np.asarray(values, float)
-    low, high = np.percentile(values[np.isfinite(values)], (50 - 50 * level, 50 + 50 * level)) \
-        if np.isfinite(values).any() else (math.nan, math.nan)
+    low, high = (
+        np.percentile(values[np.isfinite(values)], (50 - 50 * level, 50 + 50 * level))
+        if np.isfinite(values).any()
+        else (math.nan, math.nan)
+    )
     return float(statistic(*arrays)), float(low), float(high)
 
 
@@ -2340,21 +2569,36 @@ def effect_verdict(low, high, threshold=0.0):
 def claim(text, source, measured, verdict, reference='-'):
     """One row of the claims table. verdict: supported, contradicted, inconclusive or
     uninformative, the latter with why, as in 'uninformative: collapsed'."""
-    assert verdict.split(':')[0] in ('supported', 'contradicted', 'inconclusive',
-                                     'uninformative'), verdict
-    return dict(claim=text, source=source, measured=measured, reference=reference,
-                verdict=verdict)
+    assert verdict.split(':')[0] in ('supported', 'contradicted', 'inconclusive', 'uninformative'), verdict
+    return dict(claim=text, source=source, measured=measured, reference=reference, verdict=verdict)
 
 
-def masking_claim(name, runs):
-    """Control: no masking check of any seed's runs[i]['masking'] was raised."""
-    raised = sorted({f'{symptom} {value:.2f} > {limit:.2f}' for run in runs
-                     for symptom, (value, limit, flag) in run['masking'].items() if flag})
-    verdict = 'contradicted' if raised else 'supported'
-    if any(run.get('collapsed') for run in runs):
-        verdict = 'uninformative: collapsed model'
-    return claim(f'No sign of masked gradients in {name}', 'control', '; '.join(raised)
-                 or f'{len(runs[0]["masking"])} checks, none raised', verdict)
+def untrained(runs, y):
+    """Why nothing can be learnt from these networks, or ''. Near chance: natural accuracy below
+    one and a half times the share of the largest class."""
+    if any(run['collapsed'] for run in runs):
+        return 'collapsed model'
+    natural = min(stack_correct([run], 'natural').mean() for run in runs)
+    return 'accuracy near chance' if natural < 1.5 * np.bincount(y).max() / len(y) else ''
+
+
+def masking_claim(name, runs, y):
+    """Control: no masking check of any seed's runs[i]['masking'] was raised. y: test labels."""
+    raised = sorted(
+        {
+            f'{symptom} {value:.2f} > {limit:.2f}'
+            for run in runs
+            for symptom, (value, limit, flag) in run['masking'].items()
+            if flag
+        }
+    )
+    why = untrained(runs, y)
+    return claim(
+        f'No sign of masked gradients in {name}',
+        'control',
+        '; '.join(raised) or f'{len(runs[0]["masking"])} checks, none raised',
+        f'uninformative: {why}' if why else 'contradicted' if raised else 'supported',
+    )
 
 
 def write_claims(claims, folder):
@@ -2369,9 +2613,14 @@ def write_claims(claims, folder):
         temporary.write_text('\n'.join(lines) + '\n')
     log.info('\nClaims (95 % intervals in brackets)')
     for row in claims:
-        log.info('%s\n    %s  %s  [%s]%s', row['verdict'].upper(), row['claim'],
-                 row['measured'], row['source'],
-                 '' if row['reference'] == '-' else f"  reference: {row['reference']}")
+        log.info(
+            '%s\n    %s  %s  [%s]%s',
+            row['verdict'].upper(),
+            row['claim'],
+            row['measured'],
+            row['source'],
+            '' if row['reference'] == '-' else f"  reference: {row['reference']}",
+        )
 
 
 def new_figure(rows=1, columns=1, width=7.0, height=3.0, **options):
@@ -2391,8 +2640,7 @@ def save_figure(figure, folder, name):
     with matplotlib.rc_context(STYLE):
         for suffix in FIGURE_FORMATS:
             with atomic(Path(folder, name + suffix)) as temporary:
-                figure.savefig(temporary, metadata={'CreationDate': None} if suffix == '.pdf'
-                               else None)
+                figure.savefig(temporary, metadata={'CreationDate': None} if suffix == '.pdf' else None)
             figure.set_layout_engine('none')  # laid out once is enough
 
 
@@ -2400,18 +2648,21 @@ def draw_eps_curves(curves, config, classes, loss, folder, name):
     """The figure of `eps_curve`s. curves: {label: (colour, accuracies)}; loss: what the attack
     maximised, in words; config: with norm and the eps of the training."""
     small = config['norm'] == 'linf' and config['eps'] < 0.1
-    eps = np.minimum(np.array(EPS_MULTIPLES) * config['eps'],
-                     1 if config['norm'] == 'linf' else np.inf) * (255 if small else 1)
+    eps = np.minimum(np.array(EPS_MULTIPLES) * config['eps'], 1 if config['norm'] == 'linf' else np.inf) * (
+        255 if small else 1
+    )
     fig, axes = new_figure(1, 1, 5.0, 3.2)
     axis = axes[0, 0]
     for label, (colour, accuracies) in curves.items():
         axis.plot(eps, 100 * np.array(accuracies), marker='o', ms=3.5, color=colour, label=label)
-    axis.axvline(eps[EPS_MULTIPLES.index(1)], color='0.6', ls=':', lw=1,
-                 label='eps of the training')
+    axis.axvline(eps[EPS_MULTIPLES.index(1)], color='0.6', ls=':', lw=1, label='eps of the training')
     axis.axhline(100 / classes, color='0.6', ls='--', lw=1, label='chance')
-    axis.set(xlabel=f"eps of the attack ({'1/255' if small else config['norm']})",
-             ylabel=f'accuracy under PGD-20,\n{loss} (%)', ylim=(-3, 103),
-             title='Robust accuracy falls with eps; it must reach 0')
+    axis.set(
+        xlabel=f"eps of the attack ({'1/255' if small else config['norm']})",
+        ylabel=f'accuracy under PGD-20,\n{loss} (%)',
+        ylim=(-3, 103),
+        title='Robust accuracy falls with eps; it must reach 0',
+    )
     axis.legend()
     save_figure(fig, folder, name)
 
@@ -2419,9 +2670,14 @@ def draw_eps_curves(curves, config, classes, loss, folder, name):
 def show_image(axis, image, title='', **options):
     """An image (C, H, W) in [0, 1], without axes."""
     image = np.asarray(image, np.float32).transpose(1, 2, 0)
-    axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, vmin=0, vmax=1,
-                cmap='gray' if image.shape[-1] == 1 else None, interpolation='nearest',
-                **options)
+    axis.imshow(
+        image[..., 0] if image.shape[-1] == 1 else image,
+        vmin=0,
+        vmax=1,
+        cmap='gray' if image.shape[-1] == 1 else None,
+        interpolation='nearest',
+        **options,
+    )
     axis.set_title(title)
     axis.set(xticks=[], yticks=[])
     axis.grid(False)

@@ -25,6 +25,7 @@ Not known  Only the paper's abstract was at hand when this was written. Its clai
            theory tested here, M0-M19, every test and threshold are ours unless a source is
            named. Claims about students that were not trained (--students) are left out.
 """
+
 import argparse
 import copy
 import math
@@ -43,70 +44,140 @@ from common import bootstrap, claim, effect_verdict, final_logits, unpack
 # distil for 200 epochs at T = 30). Attacks: PGD-50 on the margin with 10 restarts beside
 # AutoAttack's own numbers; shapes is small to keep the study within minutes.
 DEFAULTS = {
-    '*': dict(students=['M0', 'M1', 'M2', 'M4', 'M5', 'M6', 'M7', 'M8', 'M11', 'M12', 'M16', 'M17',
-                        'STD', 'SA', 'AS', 'M0/mse', 'M2/mse', 'M4/mse'],
-              distil_epochs=200, judged=1.0, test_size=1000, logit_images=10000, margin_steps=50,
-              restarts=10, apgd_steps=100, targets=9, square_queries=5000),
-    'shapes': dict(students=['M0', 'M1', 'M2', 'M4', 'M6', 'M7', 'M11', 'M12', 'M16', 'M17', 'STD',
-                             'SA', 'AS', 'M0/mse', 'M2/mse', 'M4/mse'],
-                   distil_epochs=16, judged=0.5, test_size=250, logit_images=2000,
-                   margin_steps=25, restarts=1, apgd_steps=25, targets=3, square_queries=100),
+    '*': dict(
+        students=[
+            'M0',
+            'M1',
+            'M2',
+            'M4',
+            'M5',
+            'M6',
+            'M7',
+            'M8',
+            'M11',
+            'M12',
+            'M16',
+            'M17',
+            'STD',
+            'SA',
+            'AS',
+            'M0/mse',
+            'M2/mse',
+            'M4/mse',
+        ],
+        distil_epochs=200,
+        judged=1.0,
+        test_size=1000,
+        logit_images=10000,
+        margin_steps=50,
+        restarts=10,
+        apgd_steps=100,
+        targets=9,
+        square_queries=5000,
+    ),
+    'shapes': dict(
+        students=[
+            'M0',
+            'M1',
+            'M2',
+            'M4',
+            'M6',
+            'M7',
+            'M11',
+            'M12',
+            'M16',
+            'M17',
+            'STD',
+            'SA',
+            'AS',
+            'M0/mse',
+            'M2/mse',
+            'M4/mse',
+        ],
+        distil_epochs=16,
+        judged=0.5,
+        test_size=250,
+        logit_images=2000,
+        margin_steps=25,
+        restarts=1,
+        apgd_steps=25,
+        targets=3,
+        square_queries=100,
+    ),
 }
-RUNGS = (0.25, 0.5)                    # of eps: further teachers, for the dose response
-LENGTHS = (1 / 9, 1 / 3)               # of the distillation: shorter ones, each complete
+RUNGS = (0.25, 0.5)  # of eps: further teachers, for the dose response
+LENGTHS = (1 / 9, 1 / 3)  # of the distillation: shorter ones, each complete
 LENGTH_STUDENTS = ('M0', 'M2', 'M4', 'M11')
 # Of the teacher's eps: where students are attacked. --judged is the one that the claims are
 # about: eps itself, but half of it on shapes, where in a first trial M0 kept 45 % at 4/255 and
 # 2 % at 8/255; where nothing is left, nothing can be compared.
 RADII = (0.5, 1.0)
-EVERY = ('fgsm', 'pgd20', 'margin')    # attacks that every image faces
-DRAWS = 2000                           # of the bootstrap
-REDRAWS = 32                           # of a random target, to average what can be learned
-GALLERY = 10                           # images per row
-TARGETS_VERSION = 1                    # raise it when a change of this file changes a student
+EVERY = ('fgsm', 'pgd20', 'margin')  # attacks that every image faces
+DRAWS = 2000  # of the bootstrap
+REDRAWS = 32  # of a random target, to average what can be learned
+GALLERY = 10  # images per row
+TARGETS_VERSION = 1  # raise it when a change of this file changes a student
 
 # Thresholds of the claims, fixed before any run unless said otherwise.
-MONOTONE = 0.9                         # V3
-SCALE_NEAR_ONE, ATTACKED_SCALE = (0.8, 1.25), 0.5   # V4
-RADIUS_POINTS = 0.10                   # V5
-DISAGREE = 0.05                        # V6
-TRANSFER = 0.15                        # V9
-SHRINK_ONLY = 0.25                     # V10
-MATTERS, ESSENTIAL = 0.2, 0.75         # V11-V12: share of R(M0) lost
-COMPLEX = 0.5                          # V14
-DOSE = 0.8                             # V15
-NATURAL_GAP = 0.02                     # V16
+MONOTONE = 0.9  # V3
+SCALE_NEAR_ONE, ATTACKED_SCALE = (0.8, 1.25), 0.5  # V4
+RADIUS_POINTS = 0.10  # V5
+DISAGREE = 0.05  # V6
+TRANSFER = 0.15  # V9
+SHRINK_ONLY = 0.25  # V10
+MATTERS, ESSENTIAL = 0.2, 0.75  # V11-V12: share of R(M0) lost
+COMPLEX = 0.5  # V14
+DOSE = 0.8  # V15
+NATURAL_GAP = 0.02  # V16
 # V0: means against the target's. The log-odds had 10 % at first; a first run at 18 epochs had
 # half of all students 10 to 17 % below, for the surest images weigh least and are learned last.
 # Where the mean log-odds are below 1 the share is of 1: on CIFAR-10 they are near 0.
 LEARNED = {'confidence': 0.10, 'log-odds': 0.20}
 # These three came with a review, after the first runs.
-KL_SHARE = 0.25                        # V0: of the KL of one constant answer to all images
-SQUEEZED = 0.20                        # V0: mean centred maximum of LSQ against the teacher's
-CONVERGED = 0.10                       # gain of R(M0) from a third of the length, at most
-BASE = 0.10                            # R(M0) below which nothing can be lost
+KL_SHARE = 0.25  # V0: of the KL of one constant answer to all images
+SQUEEZED = 0.20  # V0: mean centred maximum of LSQ against the teacher's
+CONVERGED = 0.10  # gain of R(M0) from a third of the length, at most
+BASE = 0.10  # R(M0) below which nothing can be lost
 # Standard deviation of the accuracy of retrained students, / sqrt(p (1 - p)): what all students
 # of a seed share, and what each has of its own. Measured on shapes, see docs/results.
 RETRAINED = {'all': 0.15, 'each': 0.10}
 
 NAMES = {
-    'M0': 'intact', 'M1': 'others permuted, afresh', 'M2': 'others permuted, per sample',
-    'M3': 'others permuted, per class', 'M4': 'others flat', 'M5': 'runner-up kept, rest flat',
-    'M6': 'others reversed', 'M7': 'class mean', 'M8': 'own values, class-mean order',
-    'M9': 'own order, mean values', 'M10': 'runner-up swapped', 'M11': 'constant confidence',
-    'M12': 'confidence shuffled', 'M13': 'constant largest logit', 'M14': 'constant gap',
-    'M15': 'class Gaussians', 'M16': 'label smoothing', 'M17': 'STD, gap of AT',
-    'M18': 'hard label, weighted by confidence', 'M19': 'hard label',
-    'K2': 'two wrong classes kept', 'K3': 'three wrong classes kept',
-    'K5': 'five wrong classes kept', 'STD': 'teacher, intact',
-    'AS': "AT's confidence, STD's others", 'SA': "STD's confidence, AT's others",
-    'LSQ': 'logit squeezing'}
+    'M0': 'intact',
+    'M1': 'others permuted, afresh',
+    'M2': 'others permuted, per sample',
+    'M3': 'others permuted, per class',
+    'M4': 'others flat',
+    'M5': 'runner-up kept, rest flat',
+    'M6': 'others reversed',
+    'M7': 'class mean',
+    'M8': 'own values, class-mean order',
+    'M9': 'own order, mean values',
+    'M10': 'runner-up swapped',
+    'M11': 'constant confidence',
+    'M12': 'confidence shuffled',
+    'M13': 'constant largest logit',
+    'M14': 'constant gap',
+    'M15': 'class Gaussians',
+    'M16': 'label smoothing',
+    'M17': 'STD, gap of AT',
+    'M18': 'hard label, weighted by confidence',
+    'M19': 'hard label',
+    'K2': 'two wrong classes kept',
+    'K3': 'three wrong classes kept',
+    'K5': 'five wrong classes kept',
+    'STD': 'teacher, intact',
+    'AS': "AT's confidence, STD's others",
+    'SA': "STD's confidence, AT's others",
+    'LSQ': 'logit squeezing',
+}
 KEPT = {'M4': 0, 'M5': 1, 'K2': 2, 'K3': 3, 'K5': 5}  # wrong classes that keep their logit
-FROM_STD = ('M17', 'STD', 'AS', 'SA')                 # need the STD teacher's logits
-RANDOM = ('M1', 'M2', 'M10', 'M12', 'M15')            # targets drawn for every image
+FROM_STD = ('M17', 'STD', 'AS', 'SA')  # need the STD teacher's logits
+RANDOM = ('M1', 'M2', 'M10', 'M12', 'M15')  # targets drawn for every image
 
 
 # ------------------------------------------------------------------- the method: logits
+
 
 def log_odds(t, m):
     """log p_m / (1 - p_m) of softmax(t): (N,). t: (N, K); m: (N,). Ranks as the confidence
@@ -119,8 +190,9 @@ def logit_measures(z):
     """Of logits (N, K): largest, largest minus the mean (a shift of all logits, which no
     training sees, drops out), gap to the runner-up, log-odds of the prediction: each (N,)."""
     top = z.topk(2, 1)[0]
-    return dict(largest=top[:, 0], centred=top[:, 0] - z.mean(1), gap=top[:, 0] - top[:, 1],
-                odds=log_odds(z, z.argmax(1)))
+    return dict(
+        largest=top[:, 0], centred=top[:, 0] - z.mean(1), gap=top[:, 0] - top[:, 1], odds=log_odds(z, z.argmax(1))
+    )
 
 
 def linear_radius(model, x, y, norm='linf'):
@@ -132,11 +204,11 @@ def linear_radius(model, x, y, norm='linf'):
     with common.frozen(model):
         x = x.detach().requires_grad_()
         z = final_logits(model(x))
-        gradients = torch.stack([torch.autograd.grad(z[:, j].sum(), x, retain_graph=True)[0]
-                                 .flatten(1) for j in range(z.shape[1])], 1)
+        gradients = torch.stack(
+            [torch.autograd.grad(z[:, j].sum(), x, retain_graph=True)[0].flatten(1) for j in range(z.shape[1])], 1
+        )
     rows = torch.arange(len(y), device=x.device)
-    size = torch.linalg.vector_norm(gradients[rows, y][:, None] - gradients, dim=2,
-                                    ord=1 if norm == 'linf' else 2)
+    size = torch.linalg.vector_norm(gradients[rows, y][:, None] - gradients, dim=2, ord=1 if norm == 'linf' else 2)
     gap = z.detach().gather(1, y[:, None]) - z.detach()
     radius = (gap / size.clamp(min=1e-12)).scatter(1, y[:, None], math.inf)
     j = radius.argmin(1)
@@ -151,9 +223,12 @@ def best_scale(z, y, largest=1e3):
     others = z.scatter(1, y[:, None], -math.inf).amax(1)
     if (z.gather(1, y[:, None])[:, 0] > others).all():
         return math.inf
-    found = minimize_scalar(lambda log_s: F.cross_entropy(math.exp(log_s) * z, y).item(),
-                            bounds=(math.log(1e-3), math.log(largest)), method='bounded',
-                            options=dict(xatol=1e-6))
+    found = minimize_scalar(
+        lambda log_s: F.cross_entropy(math.exp(log_s) * z, y).item(),
+        bounds=(math.log(1e-3), math.log(largest)),
+        method='bounded',
+        options=dict(xatol=1e-6),
+    )
     return math.exp(found.x)
 
 
@@ -180,22 +255,29 @@ def looks(x):
     grey = x.mean(1)
     centred = grey - grey.mean((1, 2), keepdim=True)
     power = torch.fft.fft2(centred).abs() ** 2
-    fy, fx = torch.meshgrid(torch.fft.fftfreq(grey.shape[1], device=x.device),
-                            torch.fft.fftfreq(grey.shape[2], device=x.device), indexing='ij')
+    fy, fx = torch.meshgrid(
+        torch.fft.fftfreq(grey.shape[1], device=x.device),
+        torch.fft.fftfreq(grey.shape[2], device=x.device),
+        indexing='ij',
+    )
     high = torch.maximum(fy.abs(), fx.abs()) > 0.25
     dy, dx = grey[:, 1:, :-1] - grey[:, :-1, :-1], grey[:, :-1, 1:] - grey[:, :-1, :-1]
     rim = max(1, grey.shape[1] // 8)
     border = torch.ones_like(grey[0], dtype=torch.bool)
     border[rim:-rim, rim:-rim] = False
-    return {'high frequencies': power[:, high].sum(1) / power.sum((1, 2)).clamp(min=1e-12),
-            'edges': (dy ** 2 + dx ** 2).sqrt().mean((1, 2)),
-            'contrast': grey.std((1, 2)), 'background variance': grey[:, border].var(1)}
+    return {
+        'high frequencies': power[:, high].sum(1) / power.sum((1, 2)).clamp(min=1e-12),
+        'edges': (dy**2 + dx**2).sqrt().mean((1, 2)),
+        'contrast': grey.std((1, 2)),
+        'background variance': grey[:, border].var(1),
+    }
 
 
 # ---------------------------------------------------------- the method: manipulated targets
 
 # Each takes logits t (N, K), already divided by the temperature, and m (N,), the class that
 # the teacher predicts, and returns logits (N, K). "Others" are the classes other than m.
+
 
 def ranked(t, m):
     """(classes, values), each (N, K): m first, then the others from largest to smallest."""
@@ -219,11 +301,11 @@ def flatten_others(t, m, keep=0):
     """All others but the `keep` largest become equal, their share of softmax(t) unchanged:
     the log of their mean exponential. The arithmetic mean would raise the confidence."""
     classes, values = ranked(t, m)
-    tail = values[:, 1 + keep:]
+    tail = values[:, 1 + keep :]
     if tail.shape[1] == 0:
         return t.clone()
     level = tail.logsumexp(1, keepdim=True) - math.log(tail.shape[1])
-    return place(classes, torch.cat((values[:, :1 + keep], level.expand_as(tail)), 1))
+    return place(classes, torch.cat((values[:, : 1 + keep], level.expand_as(tail)), 1))
 
 
 def reverse_others(t, m):
@@ -298,11 +380,18 @@ def describe(t, s):
     confidence = torch.sigmoid(log_odds(t, m).double()).mean()
     s_top = s.topk(2, 1)[0]
     gap = (values[:, 0] - values[:, 1]).mean()
-    return dict(m=m, odds=log_odds(t, m), mean=mean, scatter=scatter, profile=values.mean(0),
-                mean_odds=torch.logit(confidence).float(), gap=gap,
-                height=(values[:, 0] - values[:, 1:].mean(1)).mean(),
-                centred=values[:, 0].mean(),
-                shrink=gap / (s_top[:, 0] - s_top[:, 1]).mean())
+    return dict(
+        m=m,
+        odds=log_odds(t, m),
+        mean=mean,
+        scatter=scatter,
+        profile=values.mean(0),
+        mean_odds=torch.logit(confidence).float(),
+        gap=gap,
+        height=(values[:, 0] - values[:, 1:].mean(1)).mean(),
+        centred=values[:, 0].mean(),
+        shrink=gap / (s_top[:, 0] - s_top[:, 1]).mean(),
+    )
 
 
 def draw_table(whole, m, odds, generator):
@@ -329,8 +418,7 @@ def draw_table(whole, m, odds, generator):
             fresh[m == c] += noise[m == c] @ whole['scatter'][c].T
         redraw = gaussian.argmax(1) != m if again else torch.ones_like(m, dtype=torch.bool)
         gaussian = torch.where(redraw[:, None], fresh, gaussian)
-    return dict(u=torch.rand(n, k, generator=generator, device=device), borrowed=borrowed,
-                gaussian=gaussian)
+    return dict(u=torch.rand(n, k, generator=generator, device=device), borrowed=borrowed, gaussian=gaussian)
 
 
 def targets(name, t, s, whole, table, fresh):
@@ -349,7 +437,8 @@ def targets(name, t, s, whole, table, fresh):
         'M1': lambda: permute_others(t, m, torch.rand(t.shape, generator=fresh, device=t.device)),
         'M2': lambda: permute_others(t, m, table['u']),
         'M3': lambda: place(  # class c's logit goes to a class that depends on m and c alone
-            _class_permutations(k, t.device)[m], t),
+            _class_permutations(k, t.device)[m], t
+        ),
         'M6': lambda: reverse_others(t, m),
         'M7': lambda: whole['mean'][m],
         'M8': lambda: reorder_others(t, m, whole['mean'][m]),
@@ -411,7 +500,7 @@ def distil_loss(z, target, temperature=1.0, kind='kl'):
     if kind == 'mse':
         difference = z.float() - target
         return 0.5 * (difference - difference.mean(1, keepdim=True)).pow(2).mean(1)
-    return temperature ** 2 * common.kl_divergence(z.float() / temperature, target)
+    return temperature**2 * common.kl_divergence(z.float() / temperature, target)
 
 
 def squeeze_weight(height, k):
@@ -424,6 +513,7 @@ def squeeze_weight(height, k):
 
 
 # ---------------------------------------------------------------------------- the experiment
+
 
 def parse_student(text):
     """'M4', 'M4/T5' (temperature), 'M4/mse' (loss) or 'M4/again' (other initial weights and
@@ -454,6 +544,7 @@ def network_name(args, eps):
 def train_networks(args, data, seed, device, rows):
     """{name: result of train_model}: STD, AT, AT at RUNGS of eps, and STD' and AT', trained
     alike from the next seed."""
+
     def train(method, share=1.0, seed=seed):
         own = copy.copy(args)
         own.eps, own.step_size = args.eps * share, args.step_size * share
@@ -464,8 +555,7 @@ def train_networks(args, data, seed, device, rows):
     networks = {'STD': train('standard'), 'AT': train(args.teacher)}
     for share in RUNGS:
         networks[network_name(args, share * args.eps)] = train(args.teacher, share)
-    return networks | {"STD'": train('standard', seed=seed + 1),
-                       "AT'": train(args.teacher, seed=seed + 1)}
+    return networks | {"STD'": train('standard', seed=seed + 1), "AT'": train(args.teacher, seed=seed + 1)}
 
 
 def make_lesson(args, data, more, networks, seed, device):
@@ -474,21 +564,37 @@ def make_lesson(args, data, more, networks, seed, device):
     more: (x, y), the images on which logits are measured. Without augmentation every image has
     one view, and the teachers' logits of the training images serve throughout.
     """
-    lesson = dict(fixed=not (data.pad or data.flip), recipes=[
-        common.short_hash(networks[name]['recipe']) for name in ('AT', 'STD')])
+    lesson = dict(
+        fixed=not (data.pad or data.flip),
+        recipes=[common.short_hash(networks[name]['recipe']) for name in ('AT', 'STD')],
+    )
     for name, key in (('AT', 't'), ('STD', 's')):
         model = common.restore(networks[name], 'best', args, data, device)
-        lesson |= {name: model, key: common.logits_of(model, data.train[0]),
-                   key + '_more': common.logits_of(model, more[0])}
+        lesson |= {
+            name: model,
+            key: common.logits_of(model, data.train[0]),
+            key + '_more': common.logits_of(model, more[0]),
+        }
     lesson['transfer'] = {}
     x, y = data.test
     for radius in radii(args):
         for name in ('AT', 'STD'):
-            lesson['transfer'][name, radius] = torch.cat([common.pgd(
-                lesson[name], common.to_float(a), b, eps=radius, step_size=radius / 8, steps=20,
-                norm=args.norm, loss='margin', generator=common.make_generator(
-                    'transfer', name, seed, device=device))
-                for a, b in zip(x.split(250), y.split(250))])
+            lesson['transfer'][name, radius] = torch.cat(
+                [
+                    common.pgd(
+                        lesson[name],
+                        common.to_float(a),
+                        b,
+                        eps=radius,
+                        step_size=radius / 8,
+                        steps=20,
+                        norm=args.norm,
+                        loss='margin',
+                        generator=common.make_generator('transfer', name, seed, device=device),
+                    )
+                    for a, b in zip(x.split(250), y.split(250))
+                ]
+            )
     return lesson
 
 
@@ -504,8 +610,7 @@ def distil(args, data, lesson, student, epochs, seed, device):
     own.epochs, own.arch, own.eps_warmup = epochs, args.student_arch or args.arch, 0.0
     t, s = lesson['t'] / temperature, lesson['s'] / temperature
     whole = describe(t, s)
-    table = draw_table(whole, whole['m'], whole['odds'],
-                       common.make_generator('targets', seed, device=device))
+    table = draw_table(whole, whole['m'], whole['odds'], common.make_generator('targets', seed, device=device))
     weight = squeeze_weight(whole['centred'].item(), t.shape[1])
 
     def loss_fn(model, x, y, threat, generator):
@@ -515,10 +620,14 @@ def distil(args, data, lesson, student, epochs, seed, device):
             return F.cross_entropy(z, label) + weight * z.pow(2).sum(1).mean()
         with torch.no_grad(), common.spread(lesson['AT']), common.spread(lesson['STD']):
             # teacher and student see the same view
-            a, b = (None if k == 's' and name not in FROM_STD else
-                    lesson[k][i] / temperature if lesson['fixed'] else
-                    final_logits(lesson[net](x)).float() / temperature
-                    for k, net in (('t', 'AT'), ('s', 'STD')))
+            a, b = (
+                None
+                if k == 's' and name not in FROM_STD
+                else lesson[k][i] / temperature
+                if lesson['fixed']
+                else final_logits(lesson[net](x)).float() / temperature
+                for k, net in (('t', 'AT'), ('s', 'STD'))
+            )
             target = targets(name, a, b, whole, {k: v[i] for k, v in table.items()}, generator)
             m = a.argmax(1)
             use = torch.ones_like(a[:, 0])
@@ -532,12 +641,18 @@ def distil(args, data, lesson, student, epochs, seed, device):
         return (use * each).sum() / use.sum().clamp(min=1e-6)
 
     index = torch.arange(len(data.train[1]), device=device)
-    extra = dict(student=student, teachers=lesson['recipes'], version=TARGETS_VERSION,
-                 teacher_wrong=args.teacher_wrong)
+    extra = dict(student=student, teachers=lesson['recipes'], version=TARGETS_VERSION, teacher_wrong=args.teacher_wrong)
     return common.train_model(
-        own, data, 'student-' + student.replace('/', '-'), seed + (2000 if again else 1000),
-        device, loss_fn=loss_fn, extra=extra, labels=torch.stack((data.train[1], index), 1),
-        check_every=max(16, epochs // 4))
+        own,
+        data,
+        'student-' + student.replace('/', '-'),
+        seed + (2000 if again else 1000),
+        device,
+        loss_fn=loss_fn,
+        extra=extra,
+        labels=torch.stack((data.train[1], index), 1),
+        check_every=max(16, epochs // 4),
+    )
 
 
 def attacks_on_student(args, eps, seed, device):
@@ -546,10 +661,17 @@ def attacks_on_student(args, eps, seed, device):
     for name, attack in common.evaluation_attacks(args, seed, device, eps).items():
         if name == 'pgd100':
             name = 'margin'
-            attack = partial(common.pgd, eps=eps, norm=args.norm, steps=args.margin_steps,
-                             step_size=eps / 4, loss='margin', restarts=args.restarts,
-                             drop_fooled=True, generator=common.make_generator(
-                                 'evaluate', 'margin', seed, device=device))
+            attack = partial(
+                common.pgd,
+                eps=eps,
+                norm=args.norm,
+                steps=args.margin_steps,
+                step_size=eps / 4,
+                loss='margin',
+                restarts=args.restarts,
+                drop_fooled=True,
+                generator=common.make_generator('evaluate', 'margin', seed, device=device),
+            )
         attacks[name] = attack
     return attacks
 
@@ -565,13 +687,13 @@ def evaluate(args, data, model, lesson, seed, device, brief=False):
     natural = left = common.correct_under(model, x, y)
     worst, judged = [], {}
     for share, radius in zip(RADII, radii(args)):
-        black = torch.stack([common.correct_under(model, lesson['transfer'][k, radius], y)
-                             for k in ('AT', 'STD')]).all(0)
+        black = torch.stack([common.correct_under(model, lesson['transfer'][k, radius], y) for k in ('AT', 'STD')]).all(
+            0
+        )
         white = torch.ones_like(left)
         for name, attack in attacks_on_student(args, radius, seed, device).items():
             every = name in EVERY and share == args.judged
-            rows = torch.arange(len(y), device=device) if every else \
-                (left & white).nonzero()[:, 0]
+            rows = torch.arange(len(y), device=device) if every else (left & white).nonzero()[:, 0]
             held = torch.ones_like(left)
             if len(rows):
                 held[rows] = common.correct_under(model, x[rows], y[rows], attack)
@@ -586,9 +708,11 @@ def evaluate(args, data, model, lesson, seed, device, brief=False):
         if share == args.judged:
             judged |= dict(natural=natural, white=white, square=black)
             eps, final = radius, left
-    out = dict(natural=common.pack(natural.to(torch.uint8)),
-               worst=[common.pack(v.to(torch.uint8)) for v in worst],
-               rates={k: judged[k].float().mean().item() for k in EVERY})
+    out = dict(
+        natural=common.pack(natural.to(torch.uint8)),
+        worst=[common.pack(v.to(torch.uint8)) for v in worst],
+        rates={k: judged[k].float().mean().item() for k in EVERY},
+    )
     if brief:
         return out
 
@@ -597,19 +721,28 @@ def evaluate(args, data, model, lesson, seed, device, brief=False):
 
     few = slice(0, 100)
     masking = common.masking_check(
-        model, common.to_float(x[few]), y[few], judged, eps=eps, norm=args.norm,
-        generator=generator('masking'))
-    longer = partial(common.pgd, eps=eps, norm=args.norm, steps=100, step_size=eps / 10,
-                     drop_fooled=True, generator=generator('longer'))
+        model, common.to_float(x[few]), y[few], judged, eps=eps, norm=args.norm, generator=generator('masking')
+    )
+    longer = partial(
+        common.pgd,
+        eps=eps,
+        norm=args.norm,
+        steps=100,
+        step_size=eps / 10,
+        drop_fooled=True,
+        generator=generator('longer'),
+    )
     rows = final[few].nonzero()[:, 0]
-    more = (~common.correct_under(model, x[rows], y[rows], longer)).sum().item() / len(y[few]) \
-        if len(rows) else 0.0
+    more = (~common.correct_under(model, x[rows], y[rows], longer)).sum().item() / len(y[few]) if len(rows) else 0.0
     gap = out['rates']['pgd20'] - out['rates']['margin']
     masking |= {
         'a hundred more steps find more (share of images)': (more, 0.03, more > 0.03),
-        'cross-entropy misses what the margin finds (gap)': (gap, 0.08, gap > 0.08)}
-    return out | dict(masking=masking, eps_curve=common.eps_curve(
-        model, x[:50], y[:50], eps=args.eps, norm=args.norm, generator=generator('curve')))
+        'cross-entropy misses what the margin finds (gap)': (gap, 0.08, gap > 0.08),
+    }
+    return out | dict(
+        masking=masking,
+        eps_curve=common.eps_curve(model, x[:50], y[:50], eps=args.eps, norm=args.norm, generator=generator('curve')),
+    )
 
 
 def evaluate_student(args, data, more, lesson, trained, student, seed, device, brief=False):
@@ -623,29 +756,35 @@ def evaluate_student(args, data, more, lesson, trained, student, seed, device, b
         return out
     z = common.logits_of(model, more[0]) / temperature
     measures = {k: v.mean().item() for k, v in logit_measures(z * temperature).items()}
-    out |= dict(measures=measures, confidence=z.softmax(1).amax(1).mean().item(),
-                collapsed=trained['collapsed'], seconds=trained['seconds'],
-                loss=trained['history'][-1]['loss'])
+    out |= dict(
+        measures=measures,
+        confidence=z.softmax(1).amax(1).mean().item(),
+        collapsed=trained['collapsed'],
+        seconds=trained['seconds'],
+        loss=trained['history'][-1]['loss'],
+    )
     if name in ('LSQ', 'M18', 'M19'):  # no logits to match
         return out
     t, s = (lesson[k] / temperature for k in ('t', 's'))
     whole = describe(t, s)
     t_more, s_more = (lesson[k] / temperature for k in ('t_more', 's_more'))
     goal = expected_target(name, t_more, s_more, whole, seed, kind)
-    table = draw_table(whole, whole['m'], whole['odds'],
-                       common.make_generator('targets', seed, device=device))
+    table = draw_table(whole, whole['m'], whole['odds'], common.make_generator('targets', seed, device=device))
     used = targets(name, t, s, whole, table, common.make_generator('flips', device=device))
     return out | dict(
         kl=common.kl_divergence(z, goal).mean().item(),
-        constant_kl=common.kl_divergence(
-            goal.double().softmax(1).mean(0, keepdim=True).log().expand_as(goal),
-            goal).mean().item(),
-        train_kl=common.kl_divergence(
-            common.logits_of(model, data.train[0]) / temperature, used).mean().item(),
+        constant_kl=common.kl_divergence(goal.double().softmax(1).mean(0, keepdim=True).log().expand_as(goal), goal)
+        .mean()
+        .item(),
+        train_kl=common.kl_divergence(common.logits_of(model, data.train[0]) / temperature, used).mean().item(),
         target_confidence=goal.softmax(1).amax(1).mean().item(),
-        learned={k: (v.mean().item(), logit_measures(goal)[k].mean().item())
-                 for k, v in logit_measures(z).items() if k in ('gap', 'odds')},
-        flips=(used.argmax(1) != whole['m']).float().mean().item())
+        learned={
+            k: (v.mean().item(), logit_measures(goal)[k].mean().item())
+            for k, v in logit_measures(z).items()
+            if k in ('gap', 'odds')
+        },
+        flips=(used.argmax(1) != whole['m']).float().mean().item(),
+    )
 
 
 def measure_logits(args, data, more, networks, device):
@@ -662,7 +801,8 @@ def measure_logits(args, data, more, networks, device):
             profile=(values - values.mean(1, keepdim=True)).mean(0).tolist(),
             gap_errors=((values[:, :1] - values[:, 1:]).std(0) / len(y) ** 0.5).tolist(),
             train={k: v.mean().item() for k, v in logit_measures(z_train).items()},
-            train_accuracy=(z_train.argmax(1) == data.train[1]).float().mean().item())
+            train_accuracy=(z_train.argmax(1) == data.train[1]).float().mean().item(),
+        )
     return out
 
 
@@ -674,32 +814,51 @@ def measure_theory(args, data, networks, seed, device):
     for name in ('STD', 'AT'):
         model = common.restore(networks[name], 'best', args, data, device)
         x, y = data.test
-        parts = [linear_radius(model, common.to_float(a), b, args.norm)
-                 for a, b in zip(x.split(50), y.split(50))]
+        parts = [linear_radius(model, common.to_float(a), b, args.norm) for a, b in zip(x.split(50), y.split(50))]
         radius, gap, slope = (torch.cat(v) for v in zip(*parts))
         x, y = data.train[0][:n], data.train[1][:n]
-        attacked = torch.cat([final_logits(model(common.pgd(
-            model, common.to_float(a), b, eps=args.eps, step_size=args.eps / 4, steps=10,
-            norm=args.norm, generator=common.make_generator('theory', seed, device=device))))
-            .detach() for a, b in zip(x.split(250), y.split(250))])
+        attacked = torch.cat(
+            [
+                final_logits(
+                    model(
+                        common.pgd(
+                            model,
+                            common.to_float(a),
+                            b,
+                            eps=args.eps,
+                            step_size=args.eps / 4,
+                            steps=10,
+                            norm=args.norm,
+                            generator=common.make_generator('theory', seed, device=device),
+                        )
+                    )
+                ).detach()
+                for a, b in zip(x.split(250), y.split(250))
+            ]
+        )
         natural = common.logits_of(model, data.train[0])
         scales = {}
         for kind, z, labels in (('natural', natural, data.train[1]), ('attacked', attacked, y)):
             grid = np.geomspace(1 / 16, 16, 41)
             best = best_scale(z, labels)
             rng = np.random.default_rng(0)
-            draws = [best_scale(z[i], labels[i]) for i in (
-                torch.as_tensor(rng.integers(len(z), size=len(z)), device=z.device)
-                for _ in range(100 if kind == 'attacked' else 0))]
-            scales[kind] = dict(best=best if math.isfinite(best) else None,
-                                interval=np.percentile(draws, (2.5, 97.5)).tolist()
-                                if draws and np.isfinite(draws).all() else None,
-                                bound=scale_bound(z, labels)
-                                if (common.margin(z, labels) > 0).any() else None,
-                                curve=[F.cross_entropy(g * z.double(), labels).item()
-                                       for g in grid], grid=grid.tolist())
-        out[name] = dict(radius=common.pack(radius.cpu()), gap=common.pack(gap.cpu()),
-                         slope=common.pack(slope.cpu()), scales=scales)
+            draws = [
+                best_scale(z[i], labels[i])
+                for i in (
+                    torch.as_tensor(rng.integers(len(z), size=len(z)), device=z.device)
+                    for _ in range(100 if kind == 'attacked' else 0)
+                )
+            ]
+            scales[kind] = dict(
+                best=best if math.isfinite(best) else None,
+                interval=np.percentile(draws, (2.5, 97.5)).tolist() if draws and np.isfinite(draws).all() else None,
+                bound=scale_bound(z, labels) if (common.margin(z, labels) > 0).any() else None,
+                curve=[F.cross_entropy(g * z.double(), labels).item() for g in grid],
+                grid=grid.tolist(),
+            )
+        out[name] = dict(
+            radius=common.pack(radius.cpu()), gap=common.pack(gap.cpu()), slope=common.pack(slope.cpu()), scales=scales
+        )
     return out
 
 
@@ -708,8 +867,10 @@ def measure_disagreement(logits, more):
     the difference of log-odds and of ranks; and what the tails look like."""
     odds = {k: unpack(logits[k]['odds']).astype(np.float64) for k in ('STD', 'AT')}
     right = np.flatnonzero(unpack(logits['STD']['correct']) & unpack(logits['AT']['correct']))
-    difference = {'raw': odds['STD'] - odds['AT'],
-                  'rank': (rankdata(odds['STD']) - rankdata(odds['AT'])) / len(odds['AT'])}
+    difference = {
+        'raw': odds['STD'] - odds['AT'],
+        'rank': (rankdata(odds['STD']) - rankdata(odds['AT'])) / len(odds['AT']),
+    }
     out = {}
     for kind, d in difference.items():
         order = right[np.argsort(-d[right], kind='stable')]
@@ -718,13 +879,12 @@ def measure_disagreement(logits, more):
             out[f'{kind}, {side}'] = dict(
                 image=common.pack(more[0][torch.as_tensor(rows, device=more[0].device)]),
                 label=more[1][torch.as_tensor(rows, device=more[1].device)].tolist(),
-                odds=[odds[k][rows].round(3).tolist() for k in ('STD', 'AT')])
+                odds=[odds[k][rows].round(3).tolist() for k in ('STD', 'AT')],
+            )
             if kind == 'rank':
-                tail = order[:len(order) // 10] if side == 'STD surer' else \
-                    order[len(order) - len(order) // 10:]
+                tail = order[: len(order) // 10] if side == 'STD surer' else order[len(order) - len(order) // 10 :]
                 tail = torch.as_tensor(tail.copy(), device=more[0].device)
-                out[side] = {k: common.pack(v.float().cpu()) for k, v in looks(
-                    common.to_float(more[0][tail])).items()}
+                out[side] = {k: common.pack(v.float().cpu()) for k, v in looks(common.to_float(more[0][tail])).items()}
     return out
 
 
@@ -735,42 +895,78 @@ def example(lesson, more, names, seed, device):
     p = torch.sigmoid(log_odds(t, t.argmax(1)))
     i = torch.where(right, (p - 0.7).abs(), 9.0).argmin()[None]
     whole = describe(lesson['t'], lesson['s'])
-    table = draw_table(whole, t.argmax(1), log_odds(t, t.argmax(1)),
-                       common.make_generator('example', seed, device=device))
-    return dict(image=common.pack(more[0][i[0]]), label=int(more[1][i]), own=t[i][0].tolist(),
-                targets={
-        name: targets(name, t[i], s[i], whole, {k: v[i] for k, v in table.items()},
-                      common.make_generator('example', name, device=device))[0].tolist()
-        for name in names if name not in ('LSQ', 'M18', 'M19')})
+    table = draw_table(
+        whole, t.argmax(1), log_odds(t, t.argmax(1)), common.make_generator('example', seed, device=device)
+    )
+    return dict(
+        image=common.pack(more[0][i[0]]),
+        label=int(more[1][i]),
+        own=t[i][0].tolist(),
+        targets={
+            name: targets(
+                name,
+                t[i],
+                s[i],
+                whole,
+                {k: v[i] for k, v in table.items()},
+                common.make_generator('example', name, device=device),
+            )[0].tolist()
+            for name in names
+            if name not in ('LSQ', 'M18', 'M19')
+        },
+    )
 
 
 def study(args):
     """Train the networks, measure their logits, distil and attack; returns (folder, results)."""
     if args.dataset.startswith('folder:'):
-        raise common.UserError('this study keeps a target for every training image and does not '
-                               'stream folder:PATH; use a data set that fits in memory')
+        raise common.UserError(
+            'this study keeps a target for every training image and does not '
+            'stream folder:PATH; use a data set that fits in memory'
+        )
     device = common.pick_device(args.device)
     folder, config = common.start_run('logit_distill', args)
-    data, more = (common.load_data(
-        args.dataset, args.data_root, trust=args.trust_data, train_size=args.train_size,
-        test_size=size, image_size=args.image_size, pad=args.pad, device=device)
-        for size in (args.test_size, args.logit_images if args.dataset == 'shapes' else 0))
-    more = tuple(v[:args.logit_images] for v in more.test)
+    data, more = (
+        common.load_data(
+            args.dataset,
+            args.data_root,
+            trust=args.trust_data,
+            train_size=args.train_size,
+            test_size=size,
+            image_size=args.image_size,
+            pad=args.pad,
+            device=device,
+        )
+        for size in (args.test_size, args.logit_images if args.dataset == 'shapes' else 0)
+    )
+    more = tuple(v[: args.logit_images] for v in more.test)
     if len(data.classes) < 4:
         raise common.UserError('the manipulations need four classes or more')
     results = common.load_results(folder, config, __file__, args.fresh)
-    results |= dict(classes=data.classes, test_labels=data.test[1].tolist(),
-                    radii=radii(args), judged=RADII.index(args.judged))
-    rows, lengths = [], sorted({max(1, round(share * args.distil_epochs)) for share in LENGTHS}
-                               - {args.distil_epochs})
+    results |= dict(
+        classes=data.classes, test_labels=data.test[1].tolist(), radii=radii(args), judged=RADII.index(args.judged)
+    )
+    rows, lengths = [], sorted({max(1, round(share * args.distil_epochs)) for share in LENGTHS} - {args.distil_epochs})
     results['lengths'] = [*lengths, args.distil_epochs]
-    plan = [(epochs, student) for epochs in (args.distil_epochs, *lengths)
-            for student in args.students if epochs not in lengths or student in LENGTH_STUDENTS]
-    parts = ['logits', 'theory', 'disagreement', 'example', 'network-STD', 'network-AT',
-             *(f'student-{student}-e{epochs}' for epochs, student in plan)]
+    plan = [
+        (epochs, student)
+        for epochs in (args.distil_epochs, *lengths)
+        for student in args.students
+        if epochs not in lengths or student in LENGTH_STUDENTS
+    ]
+    parts = [
+        'logits',
+        'theory',
+        'disagreement',
+        'example',
+        'network-STD',
+        'network-AT',
+        *(f'student-{student}-e{epochs}' for epochs, student in plan),
+    ]
     if all(f'{part}-s{seed}' in results for seed in args.seeds for part in parts):
         return folder, common.finish(folder, results)
     for seed in args.seeds:  # metrics.csv needs them all
+
         def measure(part, function, seed=seed):
             return common.measure(results, f'{part}-s{seed}', function, folder)
 
@@ -781,25 +977,29 @@ def study(args):
         measure('theory', lambda: measure_theory(args, data, networks, seed, device))
         measure('disagreement', lambda: measure_disagreement(logits, more))
         lesson = make_lesson(args, data, more, networks, seed, device)
-        measure('example', lambda: example(
-            lesson, more, [s for s in args.students if '/' not in s], seed, device))
+        measure('example', lambda: example(lesson, more, [s for s in args.students if '/' not in s], seed, device))
         for name in ('STD', 'AT'):
-            measure(f'network-{name}', lambda: evaluate(args, data, lesson[name], lesson, seed,
-                                                        device))
+            measure(f'network-{name}', lambda: evaluate(args, data, lesson[name], lesson, seed, device))
         for epochs, student in plan:
             trained = distil(args, data, lesson, student, epochs, seed, device)
             if epochs == args.distil_epochs:
                 rows += trained['history']
                 common.write_metrics(folder / 'metrics.csv', rows)
-            found = measure(f'student-{student}-e{epochs}', lambda: evaluate_student(
-                args, data, more, lesson, trained, student, seed, device, epochs in lengths))
-            common.log.info('  %-34s natural %.3f  worst case %.3f, %.3f',
-                            student_name(student), unpack(found['natural']).mean(),
-                            *(unpack(v).mean() for v in found['worst']))
+            found = measure(
+                f'student-{student}-e{epochs}',
+                lambda: evaluate_student(args, data, more, lesson, trained, student, seed, device, epochs in lengths),
+            )
+            common.log.info(
+                '  %-34s natural %.3f  worst case %.3f, %.3f',
+                student_name(student),
+                unpack(found['natural']).mean(),
+                *(unpack(v).mean() for v in found['worst']),
+            )
     return folder, common.finish(folder, results)
 
 
 # ------------------------------------------------------------------------- reading results
+
 
 def per_seed(results, part):
     """What was measured of `part` with each seed."""
@@ -815,15 +1015,13 @@ def runs_of(results, name, epochs=None):
 
 def measure_of(results, name, measure):
     """(S, N) of a network's logits: 'largest', 'centred', 'gap', 'odds' or 'correct'."""
-    return np.stack([unpack(v[name][measure]).astype(np.float64)
-                     for v in per_seed(results, 'logits')])
+    return np.stack([unpack(v[name][measure]).astype(np.float64) for v in per_seed(results, 'logits')])
 
 
 def correct(results, name, which, epochs=None):
     """(S, N) of zeros and ones; which: 'natural', or 0 or 1: worst case at that radius."""
     runs = runs_of(results, name, epochs)
-    return np.stack([unpack(r['natural'] if which == 'natural' else r['worst'][which])
-                     for r in runs]).astype(float)
+    return np.stack([unpack(r['natural'] if which == 'natural' else r['worst'][which]) for r in runs]).astype(float)
 
 
 def rate(results, name, which, epochs=None):
@@ -861,6 +1059,7 @@ def sampler(results, which, images=None):
 
     def kept(name, epochs=None):
         return (accuracy(name, epochs) - low) / np.maximum(high - low, 1e-9)
+
     return accuracy, kept
 
 
@@ -881,10 +1080,12 @@ def failed(results, name):
         elif run['collapsed']:
             flags.append('collapsed')
         elif 'learned' in run:
-            pairs = {'confidence': (run['confidence'], run['target_confidence']),
-                     'log-odds': run['learned']['odds']}
-            flags += [f'{k} {a:.2f}, target {b:.2f}' for k, (a, b) in pairs.items()
-                      if abs(a - b) > LEARNED[k] * (max(abs(b), 1) if k == 'log-odds' else b)]
+            pairs = {'confidence': (run['confidence'], run['target_confidence']), 'log-odds': run['learned']['odds']}
+            flags += [
+                f'{k} {a:.2f}, target {b:.2f}'
+                for k, (a, b) in pairs.items()
+                if abs(a - b) > LEARNED[k] * (max(abs(b), 1) if k == 'log-odds' else b)
+            ]
             if run['kl'] > KL_SHARE * max(run['constant_kl'], 1e-6):
                 flags.append(f"KL {run['kl']:.2f}, of one constant answer {run['constant_kl']:.2f}")
         elif name.startswith('LSQ'):
@@ -908,11 +1109,12 @@ def radius_text(results, which):
 # ------------------------------------------------------------------------------- the figures
 
 NETWORK_COLOURS = {'STD': '#0072B2', 'AT': '#D55E00'}
-GROUPS = (('whole', ('M0', 'LSQ', 'M19', 'M18', 'STD'), '#000000'),
-          ('class information', ('M1', 'M2', 'M3', 'M4', 'M5', 'K2', 'K3', 'K5', 'M6', 'M8', 'M10',
-                                 'AS'), '#009E73'),
-          ('confidence', ('M9', 'M11', 'M12', 'M13', 'M14', 'SA'), '#CC79A7'),
-          ('summary or small logits only', ('M7', 'M15', 'M16', 'M17'), '#E69F00'))
+GROUPS = (
+    ('whole', ('M0', 'LSQ', 'M19', 'M18', 'STD'), '#000000'),
+    ('class information', ('M1', 'M2', 'M3', 'M4', 'M5', 'K2', 'K3', 'K5', 'M6', 'M8', 'M10', 'AS'), '#009E73'),
+    ('confidence', ('M9', 'M11', 'M12', 'M13', 'M14', 'SA'), '#CC79A7'),
+    ('summary or small logits only', ('M7', 'M15', 'M16', 'M17'), '#E69F00'),
+)
 
 
 def colour_of(student):
@@ -949,29 +1151,30 @@ def shades(names):
 def figure_logits(results, folder):
     names = teachers(results)
     fig, axes = common.new_figure(1, 4, 10.5, 3.0)
-    for axis, (key, text) in zip(axes[0], (
-            ('centred', 'largest logit minus the mean'), ('gap', 'gap to the runner-up'),
-            ('odds', 'log-odds of the prediction'))):
+    for axis, (key, text) in zip(
+        axes[0],
+        (
+            ('centred', 'largest logit minus the mean'),
+            ('gap', 'gap to the runner-up'),
+            ('odds', 'log-odds of the prediction'),
+        ),
+    ):
         every = np.concatenate([measure_of(results, n, key).ravel() for n in names])
         edges = np.linspace(*np.percentile(every, (0.2, 99.8)), 45)
         for name, colour in shades(names).items():
             values = measure_of(results, name, key).ravel()
-            axis.hist(values, edges, density=True, histtype='step', color=colour, lw=1.4,
-                      label=name)
+            axis.hist(values, edges, density=True, histtype='step', color=colour, lw=1.4, label=name)
             axis.axvline(values.mean(), color=colour, ls=':', lw=1.2)
         axis.set(xlabel=text, yticks=[])
     axes[0, 0].set_ylabel('share of test images')
     for name, colour in shades(names).items():
         profile = np.mean([v[name]['profile'] for v in per_seed(results, 'logits')], 0)
         shown = np.arange(1, len(profile) + 1)
-        axes[0, 3].plot(shown, profile, color=colour, marker='o' if len(shown) < 30 else None,
-                        ms=3)
+        axes[0, 3].plot(shown, profile, color=colour, marker='o' if len(shown) < 30 else None, ms=3)
     axes[0, 3].set(xlabel='rank of the class', title='', ylabel='mean logit (centred)')
     axes[0, 3].axhline(0, color='0.6', lw=0.8)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center',
-               ncols=len(names))
-    fig.suptitle('Logits of clean test images after standard and adversarial training (dotted: '
-                 'means)')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=len(names))
+    fig.suptitle('Logits of clean test images after standard and adversarial training (dotted: means)')
     common.save_figure(fig, folder, 'fig1_logits')
 
 
@@ -981,15 +1184,17 @@ def figure_theory(results, folder):
     small = results['config']['norm'] == 'linf' and eps < 0.1
     shares = [0, *RUNGS, 1]
     at = np.array(shares) * eps * (255 if small else 1)
-    for key, text, colour in (('centred', 'largest minus mean', '#000000'),
-                              ('gap', 'gap to the runner-up', '#009E73')):
+    for key, text, colour in (('centred', 'largest minus mean', '#000000'), ('gap', 'gap to the runner-up', '#009E73')):
         values = np.array([measure_of(results, n, key).mean(1) for n in names])
         axes[0, 0].plot(at, values.mean(1), color=colour, marker='o', ms=4, label=text)
         if values.shape[1] > 1:
             axes[0, 0].plot(at, values, '.', color=colour, ms=3)
-    axes[0, 0].set(xlabel=f"eps of the training{' (1/255)' if small else ''}",
-                   ylabel='mean over test images', ylim=(0, None),
-                   title='Logits against the strength\nof the adversary')
+    axes[0, 0].set(
+        xlabel=f"eps of the training{' (1/255)' if small else ''}",
+        ylabel='mean over test images',
+        ylim=(0, None),
+        title='Logits against the strength\nof the adversary',
+    )
     axes[0, 0].legend()
     limits = []
     for name, colour in NETWORK_COLOURS.items():
@@ -1000,17 +1205,32 @@ def figure_theory(results, folder):
         limits += slope[keep].tolist()
     line = np.array([min(limits, default=1.0), max(limits, default=10.0)])
     for which, style in ((1, '-'), (0, '--')):
-        axes[0, 1].plot(line, line * results['radii'][which], style, color='0.3', lw=1,
-                        label='radius ' + radius_text(results, which).replace('eps ', ''))
-    bottom = np.percentile(np.concatenate([unpack(v[n]['gap']) for n in NETWORK_COLOURS
-                                           for v in per_seed(results, 'theory')]), 3)
-    axes[0, 1].set(xscale='log', yscale='log', xlabel='gradient gap (1-norm)'
-                   if results['config']['norm'] == 'linf' else 'gradient gap (2-norm)',
-                   ylabel='logit gap to the nearest class', ylim=(max(bottom, 0.02), None),
-                   title='Linearised radius = ratio;\nabove the line: safe to first order')
+        axes[0, 1].plot(
+            line,
+            line * results['radii'][which],
+            style,
+            color='0.3',
+            lw=1,
+            label='radius ' + radius_text(results, which).replace('eps ', ''),
+        )
+    bottom = np.percentile(
+        np.concatenate([unpack(v[n]['gap']) for n in NETWORK_COLOURS for v in per_seed(results, 'theory')]), 3
+    )
+    axes[0, 1].set(
+        xscale='log',
+        yscale='log',
+        xlabel='gradient gap (1-norm)' if results['config']['norm'] == 'linf' else 'gradient gap (2-norm)',
+        ylabel='logit gap to the nearest class',
+        ylim=(max(bottom, 0.02), None),
+        title='Linearised radius = ratio;\nabove the line: safe to first order',
+    )
     axes[0, 1].legend(loc='upper left', fontsize=7)
-    styles = {('STD', 'natural'): ('#0072B2', '-'), ('STD', 'attacked'): ('#0072B2', '--'),
-              ('AT', 'natural'): ('#D55E00', '-'), ('AT', 'attacked'): ('#D55E00', '--')}
+    styles = {
+        ('STD', 'natural'): ('#0072B2', '-'),
+        ('STD', 'attacked'): ('#0072B2', '--'),
+        ('AT', 'natural'): ('#D55E00', '-'),
+        ('AT', 'attacked'): ('#D55E00', '--'),
+    }
     for (name, kind), (colour, style) in styles.items():
         found = [v[name]['scales'][kind] for v in per_seed(results, 'theory')]
         curve = np.mean([f['curve'] for f in found], 0)
@@ -1021,9 +1241,14 @@ def figure_theory(results, folder):
             if grid[0] <= best <= grid[-1]:
                 axes[0, 2].plot(best, np.interp(best, grid, curve), 'o', color=colour, ms=5)
     axes[0, 2].axvline(1, color='0.6', lw=1, ls=':')
-    axes[0, 2].set(xscale='log', yscale='log', xlabel='scale s of the logits',
-                   ylabel='cross-entropy of s z', ylim=(1e-4, None),
-                   title='Which scale do the labels ask for?\n(training images; dot: best s)')
+    axes[0, 2].set(
+        xscale='log',
+        yscale='log',
+        xlabel='scale s of the logits',
+        ylabel='cross-entropy of s z',
+        ylim=(1e-4, None),
+        title='Which scale do the labels ask for?\n(training images; dot: best s)',
+    )
     axes[0, 2].legend(loc='lower left', fontsize=7)
     common.save_figure(fig, folder, 'fig2_theory')
 
@@ -1043,10 +1268,13 @@ def figure_disagreement(results, folder):
         u, v = (measure_of(results, n, 'odds') for n in (a, b))
         x, y = (100 * ranks(w)[0] / w.shape[1] for w in (u, v))
         axis.plot(x, y, '.', ms=2, alpha=0.5, color='#0072B2', rasterized=True)
-        axis.set(xlabel=f'confidence rank in {a} (%)', ylabel=f'in {b} (%)', aspect=1,
-                 title=f'{a} and {b}: Spearman {rank_correlation(u, v):.2f}')
-    fig.suptitle("Which test images is a network sure of? STD', AT': trained alike, another "
-                 'seed')
+        axis.set(
+            xlabel=f'confidence rank in {a} (%)',
+            ylabel=f'in {b} (%)',
+            aspect=1,
+            title=f'{a} and {b}: Spearman {rank_correlation(u, v):.2f}',
+        )
+    fig.suptitle("Which test images is a network sure of? STD', AT': trained alike, another seed")
     common.save_figure(fig, folder, 'fig3_disagreement')
 
 
@@ -1054,9 +1282,12 @@ def figure_gallery(results, folder):
     found = per_seed(results, 'disagreement')[0]
     rows = [k for k in found if ',' in k]
     fig, axes = common.new_figure(len(rows), GALLERY, 1.05 * GALLERY + 0.9, 1.62 * len(rows))
-    texts = {'raw, STD surer': 'STD surer\n(difference\nof log-odds)',
-             'raw, AT surer': 'AT surer\n(difference\nof log-odds)',
-             'rank, STD surer': 'STD surer\n(by rank)', 'rank, AT surer': 'AT surer\n(by rank)'}
+    texts = {
+        'raw, STD surer': 'STD surer\n(difference\nof log-odds)',
+        'raw, AT surer': 'AT surer\n(difference\nof log-odds)',
+        'rank, STD surer': 'STD surer\n(by rank)',
+        'rank, AT surer': 'AT surer\n(by rank)',
+    }
     for line, key in zip(axes, rows):
         image = unpack(found[key]['image']) / 255
         for i, axis in enumerate(line):
@@ -1065,13 +1296,18 @@ def figure_gallery(results, folder):
                 continue
             s, t = (found[key]['odds'][j][i] for j in (0, 1))
             name = results['classes'][found[key]['label'][i]]
-            text = f'{s:.1f} / {t:.1f}' if key.startswith('raw') else \
-                '{:.0f} / {:.0f} %'.format(*(100 / (1 + math.exp(-v)) for v in (s, t)))
+            text = (
+                f'{s:.1f} / {t:.1f}'
+                if key.startswith('raw')
+                else '{:.0f} / {:.0f} %'.format(*(100 / (1 + math.exp(-v)) for v in (s, t)))
+            )
             common.show_image(axis, image[i], f'{name[:12]}\n{text}')
             axis.title.set_fontsize(7)
         line[0].set_ylabel(texts[key], rotation=0, ha='right', va='center')
-    fig.suptitle('Images that both networks get right and disagree on most; numbers: STD / AT, '
-                 'log-odds of the prediction (above), confidence (below)')
+    fig.suptitle(
+        'Images that both networks get right and disagree on most; numbers: STD / AT, '
+        'log-odds of the prediction (above), confidence (below)'
+    )
     common.save_figure(fig, folder, 'fig4_gallery')
 
 
@@ -1092,18 +1328,22 @@ def figure_targets(results, folder):
         value = np.array(found['targets'][name])
         value = value - value.mean()
         axis.bar(range(len(shown)), value[shown], color=colour_of(name), width=0.75)
-        axis.step(np.arange(-0.5, len(shown)), np.append(reference[shown], reference[shown][-1]),
-                  where='post', color='0.45', lw=0.9)
+        axis.step(
+            np.arange(-0.5, len(shown)),
+            np.append(reference[shown], reference[shown][-1]),
+            where='post',
+            color='0.45',
+            lw=0.9,
+        )
         axis.set_title(student_name(name), fontsize=7.5)
         axis.set(xticks=range(len(shown)), xticklabels=[])
         axis.tick_params(labelsize=6)
         axis.axhline(0, color='0.6', lw=0.6)
-    for axis in flat[len(names) + 1:]:
+    for axis in flat[len(names) + 1 :]:
         axis.axis('off')
-    for axis in flat[max(1, len(names) + 1 - columns):len(names) + 1]:
+    for axis in flat[max(1, len(names) + 1 - columns) : len(names) + 1]:
         axis.set_xticklabels([classes[k][:9] for k in shown], rotation=90, fontsize=6)
-    fig.suptitle('What each student has to match for this image: centred logits '
-                 "(grey outline: the AT teacher's own)")
+    fig.suptitle('What each student has to match for this image: centred logits (grey outline: the AT teacher\'s own)')
     common.save_figure(fig, folder, 'fig5_targets')
 
 
@@ -1125,18 +1365,32 @@ def figure_students(results, folder):
         text = 'standard network' if name == 'STD' else 'AT teacher'
         axis.axvline(100 * rate(results, name + ' net', here), color=colour, lw=1.3, label=text)
         axis.axvline(100 * rate(results, name + ' net', there), color=colour, lw=1, ls=':')
-    axis.plot([], [], 'o', color='0.3', label=f'worst case, {radius_text(results, here)}\n(95 %: '
-              'images and retraining)')
-    axis.plot([], [], 'D', mfc='none', color='0.3', ms=4,
-              label=f'worst case, {radius_text(results, there)} (teachers: dotted)')
+    axis.plot(
+        [], [], 'o', color='0.3', label=f'worst case, {radius_text(results, here)}\n(95 %: images and retraining)'
+    )
+    axis.plot(
+        [],
+        [],
+        'D',
+        mfc='none',
+        color='0.3',
+        ms=4,
+        label=f'worst case, {radius_text(results, there)} (teachers: dotted)',
+    )
     axis.plot([], [], '|', color='0.3', ms=9, label='natural')
     axis.plot([], [], 'X', color='0.3', ms=7, label='fails V0')
     for text, _, colour in GROUPS:
-        axis.plot([], [], 's', color=colour, ms=6, label='changed: ' + text if text != 'whole'
-                  else 'unchanged or hard labels')
-    axis.set(yticks=range(len(order)), yticklabels=[student_name(s) for s in order],
-             xlabel='test accuracy (%)', xlim=(-2, 102), ylim=(-0.7, len(order) - 0.3),
-             title=f"Robustness of students of clean images, {results['lengths'][-1]} epochs")
+        axis.plot(
+            [], [], 's', color=colour, ms=6, label='changed: ' + text if text != 'whole' else 'unchanged or hard labels'
+        )
+    axis.set(
+        yticks=range(len(order)),
+        yticklabels=[student_name(s) for s in order],
+        xlabel='test accuracy (%)',
+        xlim=(-2, 102),
+        ylim=(-0.7, len(order) - 0.3),
+        title=f"Robustness of students of clean images, {results['lengths'][-1]} epochs",
+    )
     fig.legend(loc='outside lower center', ncols=3, fontsize=7.5)
     common.save_figure(fig, folder, 'fig6_students')
 
@@ -1149,21 +1403,30 @@ def figure_lengths(results, folder):
         accuracy, _ = sampler(results, which)
         for student in shown:
             values = 100 * np.array([interval(accuracy(student, e)) for e in results['lengths']])
-            axis.plot(results['lengths'], values[:, 0], marker='o', ms=4,
-                      color=colours[student], label=student_name(student))
-            axis.fill_between(results['lengths'], values[:, 1], values[:, 2], alpha=0.15,
-                              color=colours[student], lw=0)
+            axis.plot(
+                results['lengths'], values[:, 0], marker='o', ms=4, color=colours[student], label=student_name(student)
+            )
+            axis.fill_between(results['lengths'], values[:, 1], values[:, 2], alpha=0.15, color=colours[student], lw=0)
         for name, colour in NETWORK_COLOURS.items():
-            axis.axhline(100 * rate(results, name + ' net', which), color=colour, lw=1, ls='--',
-                         label='standard network' if name == 'STD' else 'AT teacher')
-        axis.set(xscale='log', xticks=results['lengths'], xlabel='epochs of distillation',
-                 ylabel='worst-case accuracy (%)', ylim=(-3, 103),
-                 title=radius_text(results, which))
+            axis.axhline(
+                100 * rate(results, name + ' net', which),
+                color=colour,
+                lw=1,
+                ls='--',
+                label='standard network' if name == 'STD' else 'AT teacher',
+            )
+        axis.set(
+            xscale='log',
+            xticks=results['lengths'],
+            xlabel='epochs of distillation',
+            ylabel='worst-case accuracy (%)',
+            ylim=(-3, 103),
+            title=radius_text(results, which),
+        )
         axis.set_xticklabels(results['lengths'])
         axis.minorticks_off()
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
-    fig.suptitle('Robustness against the length of the distillation (every point is a complete '
-                 'training)')
+    fig.suptitle('Robustness against the length of the distillation (every point is a complete training)')
     common.save_figure(fig, folder, 'fig7_lengths')
 
 
@@ -1183,15 +1446,30 @@ def figure_classes(results, folder):
         found = dose(results)
         if found:
             values = 100 * np.array([interval(accuracy(s)) for _, s in found])
-            axes[0, 0].errorbar([k for k, _ in found], values[:, 0],
-                                [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]],
-                                color=colour, ls=style, marker='o', ms=4, capsize=2,
-                                label=radius_text(results, which))
+            axes[0, 0].errorbar(
+                [k for k, _ in found],
+                values[:, 0],
+                [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]],
+                color=colour,
+                ls=style,
+                marker='o',
+                ms=4,
+                capsize=2,
+                label=radius_text(results, which),
+            )
     here, _ = judged(results)
-    axes[0, 0].axhline(100 * rate(results, 'STD net', here), color='#0072B2', ls=':', lw=1.2,
-                       label=f'standard network, {radius_text(results, here)}')
-    axes[0, 0].set(xlabel='wrong classes whose logit is kept', ylabel='worst-case accuracy (%)',
-                   title='Information about wrong classes')
+    axes[0, 0].axhline(
+        100 * rate(results, 'STD net', here),
+        color='#0072B2',
+        ls=':',
+        lw=1.2,
+        label=f'standard network, {radius_text(results, here)}',
+    )
+    axes[0, 0].set(
+        xlabel='wrong classes whose logit is kept',
+        ylabel='worst-case accuracy (%)',
+        title='Information about wrong classes',
+    )
     axes[0, 0].set_ylim(0, 1.5 * axes[0, 0].get_ylim()[1])
     axes[0, 0].legend(fontsize=7, loc='upper left')
     students = results['config']['students']
@@ -1208,24 +1486,32 @@ def figure_classes(results, folder):
         for student, (i, j) in cells.items():
             if student in students:
                 dark = grid[i, j] > 0.6 * np.nanmax(grid)
-                axis.text(j, i, f'{grid[i, j]:.1f} %\n({student})', ha='center', va='center',
-                          color='w' if dark else 'k')
-        axis.set(xticks=(0, 1), yticks=(0, 1), xticklabels=('AT', 'STD'),
-                 yticklabels=('AT', 'STD'), xlabel='logits of the other classes from',
-                 ylabel='confidence from', title='Worst case, ' + radius_text(results, which))
+                axis.text(
+                    j, i, f'{grid[i, j]:.1f} %\n({student})', ha='center', va='center', color='w' if dark else 'k'
+                )
+        axis.set(
+            xticks=(0, 1),
+            yticks=(0, 1),
+            xticklabels=('AT', 'STD'),
+            yticklabels=('AT', 'STD'),
+            xlabel='logits of the other classes from',
+            ylabel='confidence from',
+            title='Worst case, ' + radius_text(results, which),
+        )
         axis.grid(False)
     common.save_figure(fig, folder, 'fig8_classes')
 
 
 def figure_eps(results, folder):
     students = [s for s in ('M0', 'M2', 'M4', 'M11', 'M16') if s in results['config']['students']]
-    curves = {'standard network': ('#0072B2', runs_of(results, 'STD net')),
-              'AT teacher': ('#D55E00', runs_of(results, 'AT net'))}
+    curves = {
+        'standard network': ('#0072B2', runs_of(results, 'STD net')),
+        'AT teacher': ('#D55E00', runs_of(results, 'AT net')),
+    }
     for student, colour in zip(students, ('#000000', '#009E73', '#56B4E9', '#CC79A7', '#E69F00')):
         curves[student_name(student)] = (colour, runs_of(results, student))
     curves = {k: (c, np.mean([r['eps_curve'] for r in v], 0)) for k, (c, v) in curves.items()}
-    common.draw_eps_curves(curves, results['config'], len(results['classes']), 'margin loss',
-                           folder, 'fig9_eps')
+    common.draw_eps_curves(curves, results['config'], len(results['classes']), 'margin loss', folder, 'fig9_eps')
 
 
 def figure_learned(results, folder):
@@ -1233,10 +1519,11 @@ def figure_learned(results, folder):
     fig, axes = common.new_figure(1, 3, 9.0, 0.2 * len(students) + 1.4, sharey=True)
     for i, student in enumerate(students[::-1]):
         runs, colour = runs_of(results, student), colour_of(student)
-        for axis, pairs in ((axes[0, 0], [(100 * r['confidence'], 100 * r['target_confidence'])
-                                          for r in runs]),
-                            (axes[0, 1], [r['learned']['odds'] for r in runs]),
-                            (axes[0, 2], [r['learned']['gap'] for r in runs])):
+        for axis, pairs in (
+            (axes[0, 0], [(100 * r['confidence'], 100 * r['target_confidence']) for r in runs]),
+            (axes[0, 1], [r['learned']['odds'] for r in runs]),
+            (axes[0, 2], [r['learned']['gap'] for r in runs]),
+        ):
             own, goal = np.mean(pairs, 0)
             axis.plot([own, goal], [i, i], color=colour, lw=1)
             axis.plot(goal, i, '|', color=colour, ms=9, mew=1.6)
@@ -1248,8 +1535,7 @@ def figure_learned(results, folder):
     axes[0, 2].plot([], [], 'o', color='0.3', ms=5, label='student')
     axes[0, 2].plot([], [], 'X', color='0.3', ms=5, label='student that fails V0')
     fig.legend(*axes[0, 2].get_legend_handles_labels(), loc='outside lower center', ncols=3)
-    fig.suptitle('Did the students learn their targets? Clean test images; of random targets: '
-                 'their mean')
+    fig.suptitle('Did the students learn their targets? Clean test images; of random targets: their mean')
     common.save_figure(fig, folder, 'fig10_learned')
 
 
@@ -1287,27 +1573,36 @@ def logit_claims(results, claims):
             return (a * k).sum() / max(k.sum(), 1) - (b * k).sum() / max(k.sum(), 1)
 
         value, low, high = bootstrap(difference, s, t, keep)
-        claims.append(claim(
-            text, PAPER, f'{value:+.2f} [{low:+.2f}, {high:+.2f}], of {s[keep > 0].mean():.2f} '
-            'in STD', bad or effect_verdict(low, high)))
+        claims.append(
+            claim(
+                text,
+                PAPER,
+                f'{value:+.2f} [{low:+.2f}, {high:+.2f}], of {s[keep > 0].mean():.2f} in STD',
+                bad or effect_verdict(low, high),
+            )
+        )
 
     lower('V1 AT lowers the largest logit: STD minus AT', 'largest')
     lower('V1 The same, minus the mean logit', 'centred')
     lower('V1 The same, on images that both get right', 'centred', both=True)
     lower('V2 AT lowers the gap to the runner-up: STD minus AT', 'gap')
     lower('V2 The same, on images that both get right', 'gap', both=True)
-    profiles = {n: np.mean([v[n]['profile'] for v in per_seed(results, 'logits')], 0)
-                for n in ('STD', 'AT')}
+    profiles = {n: np.mean([v[n]['profile'] for v in per_seed(results, 'logits')], 0) for n in ('STD', 'AT')}
     gaps = {n: p[0] - p[1:] for n, p in profiles.items()}
-    error = np.sqrt(sum(np.mean([v[n]['gap_errors'] for v in per_seed(results, 'logits')], 0) ** 2
-                        for n in ('STD', 'AT')))  # of one seed: wider than the mean's
+    error = np.sqrt(
+        sum(np.mean([v[n]['gap_errors'] for v in per_seed(results, 'logits')], 0) ** 2 for n in ('STD', 'AT'))
+    )  # of one seed: wider than the mean's
     shrunk = gaps['STD'] - gaps['AT']
-    claims.append(claim(
-        f'V2 Every gap g_2 ... g_{len(profiles["STD"])} is lower in AT on average', PAPER,
-        'STD minus AT from {:+.2f} to {:+.2f}; the least sure is {:+.2f} +- {:.2f}'.format(
-            shrunk.min(), shrunk.max(), shrunk[np.argmin(shrunk / error)],
-            1.96 * error[np.argmin(shrunk / error)]),
-        bad or effect_verdict((shrunk - 1.96 * error).min(), (shrunk + 1.96 * error).min())))
+    claims.append(
+        claim(
+            f'V2 Every gap g_2 ... g_{len(profiles["STD"])} is lower in AT on average',
+            PAPER,
+            'STD minus AT from {:+.2f} to {:+.2f}; the least sure is {:+.2f} +- {:.2f}'.format(
+                shrunk.min(), shrunk.max(), shrunk[np.argmin(shrunk / error)], 1.96 * error[np.argmin(shrunk / error)]
+            ),
+            bad or effect_verdict((shrunk - 1.96 * error).min(), (shrunk + 1.96 * error).min()),
+        )
+    )
     names = teachers(results)
     shares = np.array([[0, *RUNGS, 1]])
 
@@ -1316,17 +1611,25 @@ def logit_claims(results, claims):
         means = np.array([v.mean(1) for v in values]).reshape(2, len(names), -1)
         return max(rank_correlation(shares, m[None]) for half in means for m in half.T)
 
-    value, low, high = bootstrap(weakest, *(measure_of(results, n, key) for key in (
-        'centred', 'gap') for n in names), draws=500)
-    claims.append(claim(
-        'V3 Stronger adversary, smaller logits: Spearman of eps with the mean largest logit '
-        f'(centred) and with the gap is {-MONOTONE} or less in every seed',
-        'after Shafahi et al. 2019',
-        'largest of them {:+.2f} [{:+.2f}, {:+.2f}]; centred {}, gap {}'.format(
-            value, low, high, *(', '.join(f'{measure_of(results, n, key).mean():.2f}'
-                                          for n in names) for key in ('centred', 'gap'))),
-        'uninformative: collapsed model' if collapsed(results, *names) else
-        effect_verdict(-high, -low, MONOTONE - 1e-9)))
+    value, low, high = bootstrap(
+        weakest, *(measure_of(results, n, key) for key in ('centred', 'gap') for n in names), draws=500
+    )
+    claims.append(
+        claim(
+            'V3 Stronger adversary, smaller logits: Spearman of eps with the mean largest logit '
+            f'(centred) and with the gap is {-MONOTONE} or less in every seed',
+            'after Shafahi et al. 2019',
+            'largest of them {:+.2f} [{:+.2f}, {:+.2f}]; centred {}, gap {}'.format(
+                value,
+                low,
+                high,
+                *(', '.join(f'{measure_of(results, n, key).mean():.2f}' for n in names) for key in ('centred', 'gap')),
+            ),
+            'uninformative: collapsed model'
+            if collapsed(results, *names)
+            else effect_verdict(-high, -low, MONOTONE - 1e-9),
+        )
+    )
 
 
 def theory_claims(results, claims):
@@ -1350,76 +1653,116 @@ def theory_claims(results, claims):
     bad = 'uninformative: collapsed model' if collapsed(results, 'STD', 'AT') else None
     at, std, natural = ends('AT'), ends('STD'), best('STD', 'natural')
     for title, values, verdict, detail in (
-            (f'V4 AT has the scale that its own attacked training images ask for ({low} to '
-             f'{high})', best('AT', 'attacked'),
-             'supported' if low <= at[0] and at[1] <= high else
-             'contradicted' if at[1] < low or at[0] > high else 'inconclusive',
-             f'[{at[0]:.2f}, {at[1]:.2f}]; bound by violations {bound("AT", "attacked"):.1f}'),
-            ('V4 STD has not: its natural training images ask for more (above 1; no interval: '
-             'without errors there is no optimum)', natural,
-             'supported' if all(v > 1 for v in natural) else 'contradicted', ''),
-            (f'V4 and its attacked ones for less than {ATTACKED_SCALE}', best('STD', 'attacked'),
-             effect_verdict(-std[1], -std[0], -ATTACKED_SCALE),
-             f'[{std[0]:.2f}, {std[1]:.2f}]; bound {bound("STD", "attacked"):.2f}; searched from '
-             '0.001 on')):
-        claims.append(claim(title, 'ours; after the abstract', f's* = {text(values)}'
-                            + (f'; {detail}' if detail else ''), bad or verdict))
-    parts = {n: [np.stack([unpack(v[n][k]).astype(float) for v in found])
-                 for k in ('gap', 'slope', 'radius')] for n in ('STD', 'AT')}
+        (
+            f'V4 AT has the scale that its own attacked training images ask for ({low} to {high})',
+            best('AT', 'attacked'),
+            'supported'
+            if low <= at[0] and at[1] <= high
+            else 'contradicted'
+            if at[1] < low or at[0] > high
+            else 'inconclusive',
+            f'[{at[0]:.2f}, {at[1]:.2f}]; bound by violations {bound("AT", "attacked"):.1f}',
+        ),
+        (
+            'V4 STD has not: its natural training images ask for more (above 1; no interval: '
+            'without errors there is no optimum)',
+            natural,
+            'supported' if all(v > 1 for v in natural) else 'contradicted',
+            '',
+        ),
+        (
+            f'V4 and its attacked ones for less than {ATTACKED_SCALE}',
+            best('STD', 'attacked'),
+            effect_verdict(-std[1], -std[0], -ATTACKED_SCALE),
+            f'[{std[0]:.2f}, {std[1]:.2f}]; bound {bound("STD", "attacked"):.2f}; searched from 0.001 on',
+        ),
+    ):
+        claims.append(
+            claim(
+                title,
+                'ours; after the abstract',
+                f's* = {text(values)}' + (f'; {detail}' if detail else ''),
+                bad or verdict,
+            )
+        )
+    parts = {
+        n: [np.stack([unpack(v[n][k]).astype(float) for v in found]) for k in ('gap', 'slope', 'radius')]
+        for n in ('STD', 'AT')
+    }
 
     right = (parts['STD'][0] > 0) & (parts['AT'][0] > 0)
 
     def shrinks(gap_s, slope_s, gap_t, slope_t, k):
-        gap_s, slope_s, gap_t, slope_t = (np.median(v[k]) for v in (gap_s, slope_s, gap_t,
-                                                                    slope_t))
+        gap_s, slope_s, gap_t, slope_t = (np.median(v[k]) for v in (gap_s, slope_s, gap_t, slope_t))
         return np.log(gap_t / gap_s) - np.log(slope_t / slope_s)
 
     arrays = [parts['STD'][0], parts['STD'][1], parts['AT'][0], parts['AT'][1]]
     few = right.sum() < 20
     value, least, most = (math.nan,) * 3 if few else bootstrap(shrinks, *arrays, right)
-    claims.append(claim(
-        'V5 AT shrinks the gradient gap more than the logit gap (images both get right): log of '
-        'the ratio of ratios', 'Shafahi et al. 2019',
-        'fewer than 20 images' if few else f'{value:+.2f} [{least:+.2f}, {most:+.2f}]; medians '
-        f'AT / STD: gradients {np.median(arrays[3][right]) / np.median(arrays[1][right]):.2f}, '
-        f'gaps {np.median(arrays[2][right]) / np.median(arrays[0][right]):.2f}',
-        bad or ('uninformative: fewer than 20 images' if few else
-                effect_verdict(least, most))))
+    claims.append(
+        claim(
+            'V5 AT shrinks the gradient gap more than the logit gap (images both get right): log of '
+            'the ratio of ratios',
+            'Shafahi et al. 2019',
+            'fewer than 20 images'
+            if few
+            else f'{value:+.2f} [{least:+.2f}, {most:+.2f}]; medians '
+            f'AT / STD: gradients {np.median(arrays[3][right]) / np.median(arrays[1][right]):.2f}, '
+            f'gaps {np.median(arrays[2][right]) / np.median(arrays[0][right]):.2f}',
+            bad or ('uninformative: fewer than 20 images' if few else effect_verdict(least, most)),
+        )
+    )
     values = []
     for which, radius in enumerate(results['radii']):
         robust = correct(results, 'AT net', which)
-        value, least, most = bootstrap(
-            lambda a, b: (a > radius).mean() - b.mean(), parts['AT'][2], robust)
+        value, least, most = bootstrap(lambda a, b: (a > radius).mean() - b.mean(), parts['AT'][2], robust)
         values.append((value, least, most, (parts['AT'][2] > radius).mean(), robust.mean()))
     v = values[1]
-    within = 'supported' if max(abs(v[1]), abs(v[2])) < RADIUS_POINTS else \
-        'contradicted' if v[1] > RADIUS_POINTS or v[2] < -RADIUS_POINTS else 'inconclusive'
-    claims.append(claim(
-        'V5 The linearised radius predicts the worst-case accuracy of AT at eps within 10 points',
-        'Shafahi et al. 2019', '; '.join(
-            f'{radius_text(results, w)}: {100 * r[3]:.1f} % predicted, {100 * r[4]:.1f} % '
-            f'measured, {100 * r[0]:+.1f} points [{100 * r[1]:+.1f}, {100 * r[2]:+.1f}]'
-            for w, r in ((1, values[1]), (0, values[0]))), bad or within,
-        reference='CIFAR-10, 8/255: 55.0 % predicted, 56.2 % under FGSM'
-        if results['config']['dataset'] == 'cifar10' else '-'))
+    within = (
+        'supported'
+        if max(abs(v[1]), abs(v[2])) < RADIUS_POINTS
+        else 'contradicted'
+        if v[1] > RADIUS_POINTS or v[2] < -RADIUS_POINTS
+        else 'inconclusive'
+    )
+    claims.append(
+        claim(
+            'V5 The linearised radius predicts the worst-case accuracy of AT at eps within 10 points',
+            'Shafahi et al. 2019',
+            '; '.join(
+                f'{radius_text(results, w)}: {100 * r[3]:.1f} % predicted, {100 * r[4]:.1f} % '
+                f'measured, {100 * r[0]:+.1f} points [{100 * r[1]:+.1f}, {100 * r[2]:+.1f}]'
+                for w, r in ((1, values[1]), (0, values[0]))
+            ),
+            bad or within,
+            reference='CIFAR-10, 8/255: 55.0 % predicted, 56.2 % under FGSM'
+            if results['config']['dataset'] == 'cifar10'
+            else '-',
+        )
+    )
 
 
 def disagreement_claims(results, claims):
     """V6-V8."""
     s, t, s2, t2 = (measure_of(results, n, 'odds') for n in ('STD', 'AT', "STD'", "AT'"))
-    bad = 'uninformative: collapsed model' \
-        if collapsed(results, 'STD', 'AT', "STD'", "AT'") else None
+    bad = 'uninformative: collapsed model' if collapsed(results, 'STD', 'AT', "STD'", "AT'") else None
 
     def correlation(a, b, c, d):
         return min(rank_correlation(a, c), rank_correlation(b, d)) - rank_correlation(a, b)
 
     value, low, high = bootstrap(correlation, s, t, s2, t2, draws=500)
     rhos = (rank_correlation(s, t), rank_correlation(s, s2), rank_correlation(t, t2))
-    claims.append(claim(
-        f'V6 STD and AT are sure of different images: Spearman of the confidence is lower by '
-        f'{DISAGREE} or more than between two networks trained alike', PAPER,
-        '{:+.3f} [{:+.3f}, {:+.3f}]; STD and AT {:.2f}, two STD {:.2f}, two AT {:.2f}'.format(
-            value, low, high, *rhos), bad or effect_verdict(low, high, DISAGREE)))
+    claims.append(
+        claim(
+            f'V6 STD and AT are sure of different images: Spearman of the confidence is lower by '
+            f'{DISAGREE} or more than between two networks trained alike',
+            PAPER,
+            '{:+.3f} [{:+.3f}, {:+.3f}]; STD and AT {:.2f}, two STD {:.2f}, two AT {:.2f}'.format(
+                value, low, high, *rhos
+            ),
+            bad or effect_verdict(low, high, DISAGREE),
+        )
+    )
 
     def overlap(a, b):
         n = max(1, a.shape[1] // 10)
@@ -1430,13 +1773,18 @@ def disagreement_claims(results, claims):
         return np.mean(shares)
 
     value, low, high = bootstrap(
-        lambda a, b, c, d: min(overlap(a, c), overlap(b, d)) - overlap(a, b), s, t, s2, t2,
-        draws=500)
-    claims.append(claim(
-        'V7 The least sure tenths differ: overlap (Jaccard) of STD and AT is lower than within '
-        'each kind', PAPER, '{:+.3f} [{:+.3f}, {:+.3f}]; STD and AT {:.2f}, two STD {:.2f}, two '
-        'AT {:.2f}; chance 0.05'.format(value, low, high, overlap(s, t), overlap(s, s2),
-                                        overlap(t, t2)), bad or effect_verdict(low, high)))
+        lambda a, b, c, d: min(overlap(a, c), overlap(b, d)) - overlap(a, b), s, t, s2, t2, draws=500
+    )
+    claims.append(
+        claim(
+            'V7 The least sure tenths differ: overlap (Jaccard) of STD and AT is lower than within each kind',
+            PAPER,
+            '{:+.3f} [{:+.3f}, {:+.3f}]; STD and AT {:.2f}, two STD {:.2f}, two AT {:.2f}; chance 0.05'.format(
+                value, low, high, overlap(s, t), overlap(s, s2), overlap(t, t2)
+            ),
+            bad or effect_verdict(low, high),
+        )
+    )
     found = per_seed(results, 'disagreement')
     parts, p_values = [], []
     for key in found[0]['STD surer']:
@@ -1447,16 +1795,25 @@ def disagreement_claims(results, claims):
         p = max(mannwhitneyu(*pair).pvalue for pair in each)
         signs = {np.sign(np.median(a) - np.median(b)) for a, b in each}
         p_values.append(p if len(signs) == 1 else 1.0)
-        parts.append((key, np.mean([np.median(a) for a, _ in each]),
-                      np.mean([np.median(b) for _, b in each])))
+        parts.append((key, np.mean([np.median(a) for a, _ in each]), np.mean([np.median(b) for _, b in each])))
     adjusted = holm(p_values)
-    claims.append(claim(
-        'V8 The images look different: STD surer against AT surer, the tenths of largest '
-        'difference in rank, at least one measure differs (Mann-Whitney, Holm)', PAPER,
-        '; '.join(f'{k} {a:.3f} against {b:.3f}, p {p:.1g}'
-                  for (k, a, b), p in zip(parts, adjusted)) or 'fewer than five images',
-        bad or ('uninformative: fewer than five images' if not parts else 'supported'
-                if min(adjusted) < 0.05 else 'inconclusive')))
+    claims.append(
+        claim(
+            'V8 The images look different: STD surer against AT surer, the tenths of largest '
+            'difference in rank, at least one measure differs (Mann-Whitney, Holm)',
+            PAPER,
+            '; '.join(f'{k} {a:.3f} against {b:.3f}, p {p:.1g}' for (k, a, b), p in zip(parts, adjusted))
+            or 'fewer than five images',
+            bad
+            or (
+                'uninformative: fewer than five images'
+                if not parts
+                else 'supported'
+                if min(adjusted) < 0.05
+                else 'inconclusive'
+            ),
+        )
+    )
 
 
 def holm(p_values):
@@ -1481,14 +1838,17 @@ def student_claims(results, claims):
         gate = 'the teacher is not more robust than the standard network'
     broken = {name: failed(results, name) for name in ['STD net', 'AT net', *students]}
     broken = {k: v for k, v in broken.items() if v}
-    claims.append(claim(
-        'V0 Every student learned its target (mean confidence within {:.0f} %, log-odds within '
-        '{:.0f} % or 0.2, loosened after a first run; KL below a quarter of that of one constant '
-        'answer) and no check of the evaluation is raised'.format(
-            *(100 * v for v in LEARNED.values())), 'control',
-        '; '.join(f'{k}: {v}' for k, v in broken.items()) or
-        f'{len(students)} students, {len(runs_of(results, "AT net")[0]["masking"])} checks each',
-        'contradicted' if broken else 'supported'))
+    claims.append(
+        claim(
+            'V0 Every student learned its target (mean confidence within {:.0f} %, log-odds within '
+            '{:.0f} % or 0.2, loosened after a first run; KL below a quarter of that of one constant '
+            'answer) and no check of the evaluation is raised'.format(*(100 * v for v in LEARNED.values())),
+            'control',
+            '; '.join(f'{k}: {v}' for k, v in broken.items())
+            or f'{len(students)} students, {len(runs_of(results, "AT net")[0]["masking"])} checks each',
+            'contradicted' if broken else 'supported',
+        )
+    )
 
     def common_images(names):
         keep = [correct(results, n, 'natural').all(0) for n in (*names, 'STD net', 'AT net')]
@@ -1508,18 +1868,18 @@ def student_claims(results, claims):
         value, low, high = interval(formula(kept))
         details = ['{:+.2f} [{:+.2f}, {:+.2f}]'.format(value, low, high)]
         if interval(samplers[1][1](intact))[1] > BASE or not base:  # else a ratio says nothing
-            details.append('at {}: {:+.2f} [{:+.2f}, {:+.2f}]'.format(
-                radius_text(results, there), *interval(formula(samplers[1][1]))))
+            details.append(
+                'at {}: {:+.2f} [{:+.2f}, {:+.2f}]'.format(
+                    radius_text(results, there), *interval(formula(samplers[1][1]))
+                )
+            )
         details += [detail] if detail else []
         verdict = effect_verdict(low, high, threshold)
         # another natural accuracy alone must not decide
-        if max(abs(rate(results, n, 'natural') - rate(results, intact, 'natural'))
-               for n in names) > NATURAL_GAP:
+        if max(abs(rate(results, n, 'natural') - rate(results, intact, 'natural')) for n in names) > NATURAL_GAP:
             images = common_images(names)
-            again = interval(formula(sampler(results, here, images)[1])) \
-                if images.sum() > 20 else (math.nan,) * 3
-            details.append('on the {} images all get right {:+.2f} [{:+.2f}, {:+.2f}]'.format(
-                images.sum(), *again))
+            again = interval(formula(sampler(results, here, images)[1])) if images.sum() > 20 else (math.nan,) * 3
+            details.append('on the {} images all get right {:+.2f} [{:+.2f}, {:+.2f}]'.format(images.sum(), *again))
             if effect_verdict(*again[1:], threshold) != verdict:
                 verdict = 'inconclusive'
         if base and growing and verdict == 'contradicted':
@@ -1532,66 +1892,102 @@ def student_claims(results, claims):
         claims.append(claim(text, source, '; '.join(details), verdict))
 
     def lost(name, epochs=None):
-        intact = 'M0' + name[len(name.partition('/')[0]):]
+        intact = 'M0' + name[len(name.partition('/')[0]) :]
 
         def share(k):
             base = k(intact, epochs)
             return 1 - k(name, epochs) / np.where(np.abs(base) < 0.02, 0.02, base)
+
         return share
 
     def trend(name):
         if name not in LENGTH_STUDENTS or len(lengths) < 2 or not {'M0', name} <= set(students):
             return None
         return 'R(M0) and R({}) at {} epochs: {}'.format(
-            name, ', '.join(map(str, lengths)), ', '.join(
-                f'{interval(kept("M0", e))[0]:.2f} / {interval(kept(name, e))[0]:.2f}'
-                for e in lengths))
+            name,
+            ', '.join(map(str, lengths)),
+            ', '.join(f'{interval(kept("M0", e))[0]:.2f} / {interval(kept(name, e))[0]:.2f}' for e in lengths),
+        )
 
     def matters(text, names, threshold=MATTERS, source=OURS):
         """A row for each manipulation and, where they were trained, other objectives."""
         for name, what in names:
-            for option in ('', *sorted({s[s.index('/'):] for s in students if '/' in s})):
+            for option in ('', *sorted({s[s.index('/') :] for s in students if '/' in s})):
                 how = {'': '', '/mse': ', mean square of logits', '/again': ', again'}.get(
-                    option, f', temperature {option[2:]}')
-                add(f'{text}: {what} ({name}{how}), share of R(M0) lost at {where}, above '
-                    f'{threshold}', source, ['M0' + option, name + option], lost(name + option),
-                    threshold, trend(name + option))
+                    option, f', temperature {option[2:]}'
+                )
+                add(
+                    f'{text}: {what} ({name}{how}), share of R(M0) lost at {where}, above {threshold}',
+                    source,
+                    ['M0' + option, name + option],
+                    lost(name + option),
+                    threshold,
+                    trend(name + option),
+                )
 
     where = radius_text(results, here)
-    add(f'V9 Distillation on clean images transfers robustness: R(M0) at {where}, above '
-        f'{TRANSFER}', 'after Goldblum et al. 2020', ['M0'], lambda k: k('M0'), TRANSFER,
-        base=False)
+    add(
+        f'V9 Distillation on clean images transfers robustness: R(M0) at {where}, above {TRANSFER}',
+        'after Goldblum et al. 2020',
+        ['M0'],
+        lambda k: k('M0'),
+        TRANSFER,
+        base=False,
+    )
     if 'M0' in students and len(lengths) > 1:
-        claims.append(claim(
-            f'Control: the distillation has converged, R(M0) gains less than {CONVERGED} from '
-            f'{lengths[-2]} to {lengths[-1]} epochs (else no claim on students is contradicted)',
-            'control', '{:+.2f} [{:+.2f}, {:+.2f}]'.format(*gain),
-            effect_verdict(-gain[2], -gain[1], -CONVERGED)))
+        claims.append(
+            claim(
+                f'Control: the distillation has converged, R(M0) gains less than {CONVERGED} from '
+                f'{lengths[-2]} to {lengths[-1]} epochs (else no claim on students is contradicted)',
+                'control',
+                '{:+.2f} [{:+.2f}, {:+.2f}]'.format(*gain),
+                effect_verdict(-gain[2], -gain[1], -CONVERGED),
+            )
+        )
     if {'M0', 'M0/again'} <= set(students):
         again = [abs(interval(k('M0'))[0] - interval(k('M0/again'))[0]) for _, k in samplers]
-        claims.append(claim(
-            'Control: retraining M0 from other initial weights moves R by less than the smallest '
-            f'effect claimed, {MATTERS} R(M0)', 'control',
-            f'{again[0]:.2f}; at {radius_text(results, there)}: {again[1]:.2f}',
-            'supported' if again[0] < MATTERS * interval(kept('M0'))[0] else 'contradicted'))
-    matters('V10 Small logits alone are not enough', (
-        ('M16', "label smoothing at AT's mean confidence"),
-        ('M17', "STD's logits at AT's mean gap"),
-        ('LSQ', "logit squeezing to AT's mean largest logit")), 1 - SHRINK_ONLY,
-        'ours; after Mosbach et al. 2018')
-    matters('V11 Sample-wise confidence matters', (
-        ('M11', 'made constant'), ('M12', 'shuffled within the class')))
-    matters('V12 Information on incorrect classes matters', (
-        ('M1', 'permuted at every presentation'), ('M2', 'permuted once per sample'),
-        ('M4', 'made equal')))
+        claims.append(
+            claim(
+                'Control: retraining M0 from other initial weights moves R by less than the smallest '
+                f'effect claimed, {MATTERS} R(M0)',
+                'control',
+                f'{again[0]:.2f}; at {radius_text(results, there)}: {again[1]:.2f}',
+                'supported' if again[0] < MATTERS * interval(kept('M0'))[0] else 'contradicted',
+            )
+        )
+    matters(
+        'V10 Small logits alone are not enough',
+        (
+            ('M16', "label smoothing at AT's mean confidence"),
+            ('M17', "STD's logits at AT's mean gap"),
+            ('LSQ', "logit squeezing to AT's mean largest logit"),
+        ),
+        1 - SHRINK_ONLY,
+        'ours; after Mosbach et al. 2018',
+    )
+    matters('V11 Sample-wise confidence matters', (('M11', 'made constant'), ('M12', 'shuffled within the class')))
+    matters(
+        'V12 Information on incorrect classes matters',
+        (('M1', 'permuted at every presentation'), ('M2', 'permuted once per sample'), ('M4', 'made equal')),
+    )
     matters('V12 It is essential', (('M1', 'permuted at every presentation'),), ESSENTIAL)
-    add('V13 The order of incorrect classes matters: the smaller of R(M0) - R(M8) and '
-        'R(M8) - R(M6)', OURS, ['M0', 'M8', 'M6'],
-        lambda k: np.minimum(k('M0') - k('M8'), k('M8') - k('M6')))
-    add('V13 The order matters more than own values and confidence: R(M9) - R(M8)', 'control',
-        ['M0', 'M8', 'M9'], lambda k: k('M9') - k('M8'))
-    matters('V14 The distributions are complex, summaries do not do', (
-        ('M7', 'class means'), ('M15', 'class Gaussians')), 1 - COMPLEX)
+    add(
+        'V13 The order of incorrect classes matters: the smaller of R(M0) - R(M8) and R(M8) - R(M6)',
+        OURS,
+        ['M0', 'M8', 'M6'],
+        lambda k: np.minimum(k('M0') - k('M8'), k('M8') - k('M6')),
+    )
+    add(
+        'V13 The order matters more than own values and confidence: R(M9) - R(M8)',
+        'control',
+        ['M0', 'M8', 'M9'],
+        lambda k: k('M9') - k('M8'),
+    )
+    matters(
+        'V14 The distributions are complex, summaries do not do',
+        (('M7', 'class means'), ('M15', 'class Gaussians')),
+        1 - COMPLEX,
+    )
     found = dose(results)
     if len(found) >= 4 and 'M0' in students:
         counts = np.array([k for k, _ in found])
@@ -1600,52 +1996,84 @@ def student_claims(results, claims):
             values = np.stack([k(s) for _, s in found], 1)
             return np.array([rank_correlation(counts[None], row[None]) for row in values])
 
-        add(f'V15 Dose response: Spearman of R with the number of wrong classes kept, above '
-            f'{DOSE}', 'ours', [s for _, s in found], spearman, DOSE, ', '.join(
-                f'{n}: R {interval(kept(s))[0]:.2f}' for n, s in found))
-    matters('Swap', (('SA', "STD's confidence with AT's other logits"),
-                     ('AS', "AT's confidence with STD's other logits")), source='ours')
+        add(
+            f'V15 Dose response: Spearman of R with the number of wrong classes kept, above {DOSE}',
+            'ours',
+            [s for _, s in found],
+            spearman,
+            DOSE,
+            ', '.join(f'{n}: R {interval(kept(s))[0]:.2f}' for n, s in found),
+        )
+    matters(
+        'Swap',
+        (('SA', "STD's confidence with AT's other logits"), ('AS', "AT's confidence with STD's other logits")),
+        source='ours',
+    )
     if 'M0' in students:
-        gaps = {s: rate(results, s, 'natural') - rate(results, 'M0', 'natural')
-                for s in students}
+        gaps = {s: rate(results, s, 'natural') - rate(results, 'M0', 'natural') for s in students}
         wide = {k: v for k, v in gaps.items() if abs(v) > NATURAL_GAP}
-        claims.append(claim(
-            'V16 Not a matter of natural accuracy: all students within 2 points of M0 (rows with '
-            'others need the same verdict on images all get right)', 'control',
-            ', '.join(f'{k} {100 * v:+.1f}' for k, v in wide.items()) or
-            'largest difference {:+.1f} points'.format(
-                100 * max(gaps.values(), key=abs)), 'contradicted' if wide else 'supported'))
+        claims.append(
+            claim(
+                'V16 Not a matter of natural accuracy: all students within 2 points of M0 (rows with '
+                'others need the same verdict on images all get right)',
+                'control',
+                ', '.join(f'{k} {100 * v:+.1f}' for k, v in wide.items())
+                or 'largest difference {:+.1f} points'.format(100 * max(gaps.values(), key=abs)),
+                'contradicted' if wide else 'supported',
+            )
+        )
 
 
 # --------------------------------------------------------------------------------------------
 
+
 def print_table(results):
     """Teachers' logits; then natural and worst-case accuracy of every network and student."""
-    common.log.info('\nClean test images (training images)\n%-12s%21s%21s%21s%12s', '',
-                    'largest logit', 'minus the mean', 'gap', 'accuracy')
+    common.log.info(
+        '\nClean test images (training images)\n%-12s%21s%21s%21s%12s',
+        '',
+        'largest logit',
+        'minus the mean',
+        'gap',
+        'accuracy',
+    )
     for name in per_seed(results, 'logits')[0]:
         cells = ''
         for key in ('largest', 'centred', 'gap'):
             train = np.mean([v[name]['train'][key] for v in per_seed(results, 'logits')])
             cells += f'{measure_of(results, name, key).mean():13.2f} ({train:5.2f})'
-        common.log.info('%-12s%s%11.1f%%', name, cells,
-                        100 * measure_of(results, name, 'correct').mean())
-    common.log.info('\n%-38s%9s%9s%9s%9s%9s%8s%8s', f"{results['lengths'][-1]} epochs", 'natural',
-                    'PGD-CE', 'margin', 'worst', 'other', 'KL', 'flips')
+        common.log.info('%-12s%s%11.1f%%', name, cells, 100 * measure_of(results, name, 'correct').mean())
+    common.log.info(
+        '\n%-38s%9s%9s%9s%9s%9s%8s%8s',
+        f"{results['lengths'][-1]} epochs",
+        'natural',
+        'PGD-CE',
+        'margin',
+        'worst',
+        'other',
+        'KL',
+        'flips',
+    )
     for name in ['AT net', *results['config']['students'], 'STD net']:
         runs = runs_of(results, name)
-        cells = [100 * rate(results, name, 'natural'),
-                 *(100 * np.mean([r['rates'][k] for r in runs]) for k in ('pgd20', 'margin')),
-                 *(100 * rate(results, name, i) for i in judged(results))]
-        extra = '%8.3f%7.1f%%' % (np.mean([r['kl'] for r in runs]),
-                                  100 * np.mean([r['flips'] for r in runs])) \
-            if 'kl' in runs[0] else ''
-        common.log.info('%-38s%s%s%s', name if name.endswith(' net') else student_name(name),
-                        ''.join(f'{c:8.1f}%' for c in cells), extra,
-                        '  fails V0' if failed(results, name) else '')
-    common.log.info('PGD-CE, margin, worst: at %s; the other: %s',
-                    *(radius_text(results, i) for i in judged(results)))
-
+        cells = [
+            100 * rate(results, name, 'natural'),
+            *(100 * np.mean([r['rates'][k] for r in runs]) for k in ('pgd20', 'margin')),
+            *(100 * rate(results, name, i) for i in judged(results)),
+        ]
+        extra = (
+            '%8.3f%7.1f%%' % (np.mean([r['kl'] for r in runs]), 100 * np.mean([r['flips'] for r in runs]))
+            if 'kl' in runs[0]
+            else ''
+        )
+        common.log.info(
+            '%-38s%s%s%s',
+            name if name.endswith(' net') else student_name(name),
+            ''.join(f'{c:8.1f}%' for c in cells),
+            extra,
+            '  fails V0' if failed(results, name) else '',
+        )
+    common.log.info('PGD-CE, margin, worst: at %s; the other: %s', *(radius_text(results, i) for i in judged(results)))
 
 
 def make_parser():
@@ -1659,22 +2087,38 @@ def make_parser():
             if text != 'all':
                 raise argparse.ArgumentTypeError(
                     f"{text!r} is none of all, {', '.join(NAMES)}, nor one of them with /T5 "
-                    '(temperature), /mse (loss) or /again (other initial weights)')
+                    '(temperature), /mse (loss) or /again (other initial weights)'
+                )
         return text
 
-    add('--students', type=student, nargs='+', metavar='M', help='all, or of '
-        + ', '.join(NAMES) + '; M0/T5: at temperature 5, M0/mse: mean square of logits, '
-        'M0/again: other initial weights and order')
+    add(
+        '--students',
+        type=student,
+        nargs='+',
+        metavar='M',
+        help='all, or of ' + ', '.join(NAMES) + '; M0/T5: at temperature 5, M0/mse: mean square of logits, '
+        'M0/again: other initial weights and order',
+    )
     add('--distil-epochs', type=common.count, metavar='N', help='the students see')
     add('--student-arch', choices=common.ARCHS, metavar='NAME', help="(the teacher's)")
-    add('--teacher', choices=[m for m in common.METHODS if m != 'standard'], default='pgd',
-        metavar='M', help='how the AT teacher is trained (pgd)')
-    add('--teacher-wrong', choices=('keep', 'drop'), default='keep',
-        metavar='X', help='training images that the AT teacher gets wrong (keep)')
-    add('--judged', type=float, choices=RADII, metavar='X',
-        help='radius of the claims, as a share of --eps')
-    add('--logit-images', type=common.count, metavar='N', help='clean test images at most, for '
-        'the statistics of logits')
+    add(
+        '--teacher',
+        choices=[m for m in common.METHODS if m != 'standard'],
+        default='pgd',
+        metavar='M',
+        help='how the AT teacher is trained (pgd)',
+    )
+    add(
+        '--teacher-wrong',
+        choices=('keep', 'drop'),
+        default='keep',
+        metavar='X',
+        help='training images that the AT teacher gets wrong (keep)',
+    )
+    add('--judged', type=float, choices=RADII, metavar='X', help='radius of the claims, as a share of --eps')
+    add(
+        '--logit-images', type=common.count, metavar='N', help='clean test images at most, for the statistics of logits'
+    )
     add('--margin-steps', type=common.count, metavar='N', help='of PGD on the margin')
     add('--restarts', type=common.count, metavar='N', help='of PGD on the margin')
     common.add_attack_flags(parser)

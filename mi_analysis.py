@@ -18,6 +18,7 @@ Outputs    runs/mi_analysis/<dataset>-<arch>/: results.json, metrics.csv, claims
            fig6_distortion  fig7_distortion_layers  fig8_images  fig9_scale  fig10_nulls
            fig11_geometry   (each .png and .pdf)
 """
+
 import math
 import sys
 from functools import partial
@@ -34,26 +35,25 @@ import common
 from common import METHOD_COLOURS, claim, effect_verdict, make_generator
 
 # Source of the numbers below unless another is named: the authors' code, 2022.
-VARIANCE = 0.1            # of the noise, for every layer (also MNIST in Saxe et al. 2018)
-BIN_WIDTH = 0.5           # absolute, unbounded range
-SATURATION = (2, 8, 16, 64, 1024)          # levels p; 2 is the identity
-PATCHES = (0, 2, 4, 8)                     # k x k patches; 0 is the identity
+VARIANCE = 0.1  # of the noise, for every layer (also MNIST in Saxe et al. 2018)
+BIN_WIDTH = 0.5  # absolute, unbounded range
+SATURATION = (2, 8, 16, 64, 1024)  # levels p; 2 is the identity
+PATCHES = (0, 2, 4, 8)  # k x k patches; 0 is the identity
 PUBLISHED_BATCHES = {'mnist': (2500, 2), 'cifar10': (500, 10), 'stl10': (750, 6)}
 PUBLISHED = dict(lr=0.025, schedule='constant', weight_decay=0.0)  # see `study`
 # Ours.
-CURVE = tuple(VARIANCE * 4.0 ** k for k in range(-3, 6))  # variances of the scale control
-PERMUTATIONS = 3          # of the labels, for the null
-REPLICATES = 200          # of the bootstrap over images
-REFEREE_DRAWS = 4         # noise vectors per image
-NEGLIGIBLE = 60.0         # exp(-60) = 1e-26: kernels that are not evaluated
-ACTIVATIONS = 2 ** 30     # bytes of activations held at a time
+CURVE = tuple(VARIANCE * 4.0**k for k in range(-3, 6))  # variances of the scale control
+PERMUTATIONS = 3  # of the labels, for the null
+REPLICATES = 200  # of the bootstrap over images
+REFEREE_DRAWS = 4  # noise vectors per image
+NEGLIGIBLE = 60.0  # exp(-60) = 1e-26: kernels that are not evaluated
+ACTIVATIONS = 2**30  # bytes of activations held at a time
 
 _PAPER = dict(weight_decay=0.0, schedule='drops:0.1,0.3:0.5', steps=7, test_size=5000)
 DEFAULTS = {
     '*': dict(measured=20, test_steps=7),
     'shapes': dict(test_size=1500),
-    'mnist': dict(_PAPER, arch='lenet5', epochs=200, lr=0.1, eps=45 / 255, step_size=8 / 255,
-                  eps_warmup=0.0),
+    'mnist': dict(_PAPER, arch='lenet5', epochs=200, lr=0.1, eps=45 / 255, step_size=8 / 255, eps_warmup=0.0),
     'fashion-mnist': dict(_PAPER, arch='lenet5', epochs=200, lr=0.1),
     'cifar10': dict(_PAPER, arch='wrn-10-1'),
     'cifar100': dict(_PAPER, arch='wrn-10-1'),
@@ -64,12 +64,10 @@ DEFAULTS = {
 LAYERS = {
     'small-cnn': (('stem', 0), ('stage1', 0), ('stage2', 0), ('stage3', 0), ('fc', 0)),
     'lenet5': (('conv1', 1), ('conv2', 1), ('fc1', 1), ('fc2', 1), ('fc3', 0)),
-    'wrn-': (('conv1', 0), ('block1.0.relu1', 0), ('block2.0.relu1', 0), ('block3.0.relu1', 0),
-             ('fc', 0)),
+    'wrn-': (('conv1', 0), ('block1.0.relu1', 0), ('block2.0.relu1', 0), ('block3.0.relu1', 0), ('fc', 0)),
     'resnet18': (('layer1', 0), ('layer2', 0), ('layer3', 0), ('layer4', 0), ('linear', 0)),
     'preact': (('layer1', 0), ('layer2', 0), ('layer3', 0), ('layer4', 0), ('linear', 0)),
-    'resnet50': (('model.layer1', 0), ('model.layer2', 0), ('model.layer3', 0),
-                 ('model.layer4', 0), ('model.fc', 0)),
+    'resnet50': (('model.layer1', 0), ('model.layer2', 0), ('model.layer3', 0), ('model.layer4', 0), ('model.fc', 0)),
 }
 METHODS = ('standard', 'pgd')
 NAMES = {'standard': 'NT', 'pgd': 'AT'}
@@ -79,17 +77,18 @@ ESTIMATORS = {'upper': 'KDE upper', 'lower': 'KDE lower', 'bin': 'binning'}
 
 # Thresholds of the claims, fixed before any run, but TREND_EPOCHS, raised from 4 after the second
 # run on shapes.
-MARGIN = 0.05             # bit: this close to the ceiling, or this constant, is saturated
-TREND = 0.8               # V1: median rank correlation; its interval must lie above TREND_LOW
+MARGIN = 0.05  # bit: this close to the ceiling, or this constant, is saturated
+TREND = 0.8  # V1: median rank correlation; its interval must lie above TREND_LOW
 TREND_LOW = 0.5
-TREND_EPOCHS = 6          # V1: below the ceiling; of fewer, 0.8 is no rarer than 1 in 20
-STAYS = 0.9               # V5: share of H(Y) that remains
-FOOLED = 0.10             # V5: accuracy at most
-GEOMETRY = 0.8            # V6: rank correlation
-CHANCE = 1.5              # times 1 / classes: natural accuracy below is no network to judge
+TREND_EPOCHS = 6  # V1: below the ceiling; of fewer, 0.8 is no rarer than 1 in 20
+STAYS = 0.9  # V5: share of H(Y) that remains
+FOOLED = 0.10  # V5: accuracy at most
+GEOMETRY = 0.8  # V6: rank correlation
+CHANCE = 1.5  # times 1 / classes: natural accuracy below is no network to judge
 
 
 # ------------------------------------------------------------------------- pairwise distances
+
 
 def distances(a, b, norm_a, norm_b, centre, dtype, chunk, enough=math.inf):
     """Squared distances of the rows of a (A, D) and b (B, D), computed in dtype: (A, B).
@@ -101,7 +100,7 @@ def distances(a, b, norm_a, norm_b, centre, dtype, chunk, enough=math.inf):
     s = torch.zeros(len(a), len(b), dtype=dtype, device=a.device)
     norm_a, norm_b = norm_a.to(dtype), norm_b.to(dtype)
     for k, c in enumerate(range(0, a.shape[1], chunk)):
-        u, v = (t[:, c:c + chunk].to(dtype) - centre[c:c + chunk].to(dtype) for t in (a, b))
+        u, v = (t[:, c : c + chunk].to(dtype) - centre[c : c + chunk].to(dtype) for t in (a, b))
         s.add_(norm_a[:, k, None]).add_(norm_b[:, k]).addmm_(u, v.T, alpha=-2)
         below = (s <= enough).sum() if enough < math.inf else s.numel()
         if below == (len(a) if a.data_ptr() == b.data_ptr() else 0):
@@ -113,9 +112,8 @@ def refined(a, b, norm_a, norm_b, centre, chunk, reach, whole):
     """Squared distances in float32, those below `reach` once more in float64; None where there
     are so many that float64 throughout is cheaper."""
     # far more than the rounding of s
-    slack = 2.0 ** -16 * (norm_a.sum(1).max() + norm_b.sum(1).max()).item()
-    s = distances(a, b, norm_a, norm_b, centre, torch.float32, chunk,
-                  math.inf if whole else reach + slack)
+    slack = 2.0**-16 * (norm_a.sum(1).max() + norm_b.sum(1).max()).item()
+    s = distances(a, b, norm_a, norm_b, centre, torch.float32, chunk, math.inf if whole else reach + slack)
     near = s < reach + slack
     if a.data_ptr() == b.data_ptr():
         near.fill_diagonal_(False)
@@ -123,7 +121,7 @@ def refined(a, b, norm_a, norm_b, centre, chunk, reach, whole):
     if len(rows) > s.numel() // 128:
         return None
     s = s.double()
-    for part in torch.arange(len(rows), device=s.device).split(max(1, 2 ** 21 // a.shape[1])):
+    for part in torch.arange(len(rows), device=s.device).split(max(1, 2**21 // a.shape[1])):
         i, j = rows[part], columns[part]
         s[i, j] = (a[i].double() - b[j].double()).square().sum(1)
     return s
@@ -151,9 +149,18 @@ def kernel_sums(t, groups, scales, *, whole=True, raw=False, tile=0, chunk=1024)
     reach, kind = NEGLIGIBLE * max(scales), torch.float64
     if raw:
         centre, kind, chunk = torch.zeros_like(centre), torch.float32, d
-    norms = torch.stack([
-        torch.cat([(rows.to(kind) - centre[c:c + chunk].to(kind)).square().sum(1)
-                   for rows in t[:, c:c + chunk].split(128)]) for c in range(0, d, chunk)], 1)
+    norms = torch.stack(
+        [
+            torch.cat(
+                [
+                    (rows.to(kind) - centre[c : c + chunk].to(kind)).square().sum(1)
+                    for rows in t[:, c : c + chunk].split(128)
+                ]
+            )
+            for c in range(0, d, chunk)
+        ],
+        1,
+    )
     sums, nearest = groups.new_zeros(groups.shape), groups.new_full((n,), math.inf)
     exact = d <= 256 or t.is_cuda or t.dtype == torch.float64
     for i in range(0, n, tile):
@@ -197,10 +204,10 @@ def kernel_sums(t, groups, scales, *, whole=True, raw=False, tile=0, chunk=1024)
 def distance_ratio(t, y, classes):
     """Root mean squared distance of two images of different classes over that of two of the
     same class, from distances to the mean instead of pairs."""
+
     def pairs(rows):  # the sum of the squared distances of all ordered pairs
         mean = rows.mean(0)
-        return 2 * len(rows) * sum((part - mean).square_().sum(1).double().sum()
-                                   for part in rows.split(256))
+        return 2 * len(rows) * sum((part - mean).square_().sum(1).double().sum() for part in rows.split(256))
 
     size = y.bincount(minlength=classes).double()
     within = sum(pairs(t[y == k]) for k in range(classes) if size[k])
@@ -209,6 +216,7 @@ def distance_ratio(t, y, classes):
 
 
 # ------------------------------------------------------------------------------ the estimators
+
 
 def kde_terms(t, labels, classes, variances=(VARIANCE,), raw=False, geometry=False):
     """The pairwise-distance bounds, image by image, in bits.
@@ -235,16 +243,20 @@ def kde_terms(t, labels, classes, variances=(VARIANCE,), raw=False, geometry=Fal
     blocks = sums.view(len(scales), n, len(labels), classes)
     total = blocks[:, :, 0].sum(2)  # (U, N)
     own = torch.stack([_pick(blocks[:, :, p], y) for p, y in enumerate(labels)], 2)  # (U, N, P)
-    terms = {'': -(total / n).log2(), '_given': -torch.stack(
-        [own[:, :, p] / size[p, y] for p, y in enumerate(labels)], 1).log2()}
+    terms = {
+        '': -(total / n).log2(),
+        '_given': -torch.stack([own[:, :, p] / size[p, y] for p, y in enumerate(labels)], 1).log2(),
+    }
     out = {}
     if geometry and nearest.min() <= NEGLIGIBLE * scales[0]:
         share = groups.view(n, len(labels), classes) / own[..., None]  # of a class's sum
         weights = torch.cat((share.flatten(2), 1 / total[..., None]), 2)
         sums, nearest = kernel_sums(t, weights, scales, raw=raw)
         parts = sums[..., :-1].view(len(scales), n, len(labels), classes)
-        part = {'': sums[..., -1] - 1 / total, '_given': torch.stack(
-            [_pick(parts[:, :, p], y) - 1 / own[:, :, p] for p, y in enumerate(labels)], 1)}
+        part = {
+            '': sums[..., -1] - 1 / total,
+            '_given': torch.stack([_pick(parts[:, :, p], y) - 1 / own[:, :, p] for p, y in enumerate(labels)], 1),
+        }
         terms |= {'influence_' + k: terms[k] - v / math.log(2) for k, v in part.items()}
     for name in factors:
         rows = [scales.index(at[name, v]) for v in variances]
@@ -266,17 +278,16 @@ def cell_keys(t, width=BIN_WIDTH):
     a probability below 2^-100. Raises ValueError for NaN and infinity.
     """
     generator = make_generator('cells')
-    factors = torch.randint(-2 ** 62, 2 ** 62, (2, t.shape[1]), generator=generator) * 2 + 1
-    factors, keys = factors.to(t.device), torch.empty(len(t), 2, dtype=torch.int64,
-                                                      device=t.device)
-    step = max(1, 2 ** 19 // t.shape[1])
+    factors = torch.randint(-(2**62), 2**62, (2, t.shape[1]), generator=generator) * 2 + 1
+    factors, keys = factors.to(t.device), torch.empty(len(t), 2, dtype=torch.int64, device=t.device)
+    step = max(1, 2**19 // t.shape[1])
     for i in range(0, len(t), step):
-        cells = (t[i:i + step] / width).floor_()
+        cells = (t[i : i + step] / width).floor_()
         if not torch.isfinite(cells).all():
             raise ValueError('the activations hold NaN or infinity')
         cells = cells.long()
         for k in (0, 1):
-            keys[i:i + step, k] = (cells * factors[k]).sum(1)
+            keys[i : i + step, k] = (cells * factors[k]).sum(1)
     return keys
 
 
@@ -287,8 +298,7 @@ def bin_terms(keys, labels):
     _, cell, size = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
     given = []
     for y in labels.to(keys.device):
-        _, joint, both = torch.unique(cell * (y.max() + 1) + y, return_inverse=True,
-                                      return_counts=True)
+        _, joint, both = torch.unique(cell * (y.max() + 1) + y, return_inverse=True, return_counts=True)
         given.append(-(both[joint].double() / y.bincount()[y]).log2())
     return -(size[cell].double() / n).log2(), torch.stack(given)
 
@@ -303,8 +313,10 @@ def monte_carlo(t, y, variance, draws, generator):
     t, y, terms = t.double(), y.to(t.device), []
     for _ in range(draws):
         for rows in torch.arange(len(t), device=t.device).split(1024):
-            noise = torch.randn(len(rows), t.shape[1], generator=generator, device=t.device,
-                                dtype=torch.float64) * variance ** 0.5
+            noise = (
+                torch.randn(len(rows), t.shape[1], generator=generator, device=t.device, dtype=torch.float64)
+                * variance**0.5
+            )
             s = torch.cdist(t[rows] + noise, t, compute_mode='donot_use_mm_for_euclid_dist')
             log_k = s.square() / (-2 * variance)
             # the log density of the noise alone, in place of its mean: less variance
@@ -328,8 +340,9 @@ def noise_entropy(dimensions, variance=VARIANCE):
     return dimensions / 2 * math.log2(2 * math.pi * math.e * variance)
 
 
-def layer_information(t, labels, classes, weights, raw=False, variance=VARIANCE,
-                      width=BIN_WIDTH, unit=False, geometry=True):
+def layer_information(
+    t, labels, classes, weights, raw=False, variance=VARIANCE, width=BIN_WIDTH, unit=False, geometry=True
+):
     """Everything measured on the outputs t (N, D) of one layer.
 
     labels: (1 + PERMUTATIONS, N), the true ones first; weights: (1 + REPLICATES, N), from
@@ -346,7 +359,7 @@ def layer_information(t, labels, classes, weights, raw=False, variance=VARIANCE,
     if unit:  # the last variance is for the slope
         power = t.double().square().sum(1)
         rms = max((power.mean() / t.shape[1]).sqrt().item(), 1e-9)
-        variances += (variance * rms ** 2, 1.1 * variance * rms ** 2)
+        variances += (variance * rms**2, 1.1 * variance * rms**2)
     kde = kde_terms(t, labels, classes, variances, raw, geometry=True)
     cells, cells_given = bin_terms(cell_keys(t, width), labels)
 
@@ -364,35 +377,54 @@ def layer_information(t, labels, classes, weights, raw=False, variance=VARIANCE,
 
     upper, lower, y = terms('upper', 0), terms('lower', 0), labels[0]
     binned = cells, cells - cells_given
-    pairs = ((upper, terms('upper', 0, 'influence_')), (lower, terms('lower', 0, 'influence_')),
-             (binned, binned))  # of a plug-in entropy the influences are the terms
-    values = [replicated(v[0], m[0]) for v, m in pairs] \
-        + [replicated(v[1][0], m[1][0]) for v, m in pairs]
+    pairs = (
+        (upper, terms('upper', 0, 'influence_')),
+        (lower, terms('lower', 0, 'influence_')),
+        (binned, binned),
+    )  # of a plug-in entropy the influences are the terms
+    values = [replicated(v[0], m[0]) for v, m in pairs] + [replicated(v[1][0], m[1][0]) for v, m in pairs]
     label_entropy, noise = entropy(y.bincount().tolist()), noise_entropy(t.shape[1], variance)
-    bracket = [(kde[a][0] - kde[b + '_given'][0, 0]).mean().item()
-               for a, b in (('lower', 'upper'), ('upper', 'lower'))]
+    bracket = [(kde[a][0] - kde[b + '_given'][0, 0]).mean().item() for a, b in (('lower', 'upper'), ('upper', 'lower'))]
     given, nearest, more = kde['lower_given'][0, 0], kde['nearest'], {}
     certified = bool(nearest.min() / (8 * variance) > 40 + math.log(len(t)))
     if unit:
         (x, by), (x_moved, by_moved), (_, by_slope) = (
-            terms('lower', 1), terms('lower', 1, 'influence_'), terms('lower', 2))
+            terms('lower', 1),
+            terms('lower', 1, 'influence_'),
+            terms('lower', 2),
+        )
         # the RMS depends on the images, too
-        slope = torch.stack((kde['lower'][2].mean() - x.mean(),
-                             (by_slope - by)[0].mean(), (by_slope - by)[1:].mean())) / 0.1
+        slope = (
+            torch.stack((kde['lower'][2].mean() - x.mean(), (by_slope - by)[0].mean(), (by_slope - by)[1:].mean()))
+            / 0.1
+        )
         scale = power / power.mean().clamp(min=1e-18) - 1
-        more |= dict(rms=rms, unit=torch.stack([
-            replicated(v, m + s * scale) for v, m, s in (
-                (x, x_moved, slope[0]), (by[0], by_moved[0], slope[1]),
-                (by[1:].mean(0), by_moved[1:].mean(0), slope[2]))]))
+        more |= dict(
+            rms=rms,
+            unit=torch.stack(
+                [
+                    replicated(v, m + s * scale)
+                    for v, m, s in (
+                        (x, x_moved, slope[0]),
+                        (by[0], by_moved[0], slope[1]),
+                        (by[1:].mean(0), by_moved[1:].mean(0), slope[2]),
+                    )
+                ]
+            ),
+        )
     if geometry:
-        more |= dict(ratio=distance_ratio(t, y, classes), log_nearest=None if certified else
-                     0.5 * nearest.clamp(min=1e-12).log2().mean().item())
+        more |= dict(
+            ratio=distance_ratio(t, y, classes),
+            log_nearest=None if certified else 0.5 * nearest.clamp(min=1e-12).log2().mean().item(),
+        )
     return more | dict(
-        values=torch.stack(values), dimensions=t.shape[1], certified=certified,
+        values=torch.stack(values),
+        dimensions=t.shape[1],
+        certified=certified,
         null=[v[1][1:].mean().item() for v in (upper, lower, binned)],
         bracket=[min(max(b, 0.0), label_entropy) for b in bracket],
-        entropy=[noise + lower[0].mean().item()] + [
-            noise + given[y == k].mean().item() for k in range(classes)])
+        entropy=[noise + lower[0].mean().item()] + [noise + given[y == k].mean().item() for k in range(classes)],
+    )
 
 
 def replicate_weights(n, seed=0):
@@ -409,13 +441,15 @@ def replicate_weights(n, seed=0):
 
 # --------------------------------------------------------------------- networks and distortions
 
+
 def layers_of(arch, published):
     """[(name of the module, whether a ReLU follows before the output is taken)]."""
     for prefix, layers in LAYERS.items():
         if arch.startswith(prefix):
             return [(name, bool(rectify) and not published) for name, rectify in layers]
-    raise common.UserError(f'no layers are known for {arch}; known: '
-                           'small-cnn, lenet5, resnet18, preact-resnet18, wrn-*, resnet50')
+    raise common.UserError(
+        f'no layers are known for {arch}; known: small-cnn, lenet5, resnet18, preact-resnet18, wrn-*, resnet50'
+    )
 
 
 def build(arch, classes, shape, seed, published=False):
@@ -440,6 +474,7 @@ def activations(model, x, layers, batch_size=250):
     def taker(name, rectify):
         def take(module, inputs, output):
             taken[name] = (F.relu(output) if rectify else output).detach().flatten(1)
+
         return take
 
     modules = dict(model.named_modules())
@@ -462,11 +497,11 @@ def activations(model, x, layers, batch_size=250):
 def _collect(model, x, wanted, taken, batch_size):
     store = {}
     for i in range(0, len(x), batch_size):
-        model(x[i:i + batch_size])
+        model(x[i : i + batch_size])
         for name in wanted:
             if not i:
                 store[name] = torch.empty(len(x), taken[name].shape[1], device=x.device)
-            store[name][i:i + batch_size] = taken[name]
+            store[name][i : i + batch_size] = taken[name]
     for name in wanted:
         yield name, store.pop(name)
 
@@ -488,11 +523,11 @@ def distort(x, name, level):
 
 def distortion_levels(side):
     """{name: levels} for images of side x side pixels."""
-    return {'saturation': SATURATION,
-            'patches': tuple(k for k in PATCHES if k == 0 or side % k == 0)}
+    return {'saturation': SATURATION, 'patches': tuple(k for k in PATCHES if k == 0 or side % k == 0)}
 
 
 # ---------------------------------------------------------------------------- the experiment
+
 
 class Setting:
     """What all measurements of a run share: test images, layers, permuted labels, weights."""
@@ -503,8 +538,7 @@ class Setting:
         self.pool = len(data.test[1])
         self.batch, self.repeats = 250, 1
         if args.as_published:
-            self.batch, self.repeats = PUBLISHED_BATCHES.get(
-                args.dataset, (max(self.pool // 20, 1), 10))
+            self.batch, self.repeats = PUBLISHED_BATCHES.get(args.dataset, (max(self.pool // 20, 1), 10))
             self.batch = min(self.batch, self.pool)
         self.n = self.batch * self.repeats if args.as_published else self.pool
         self.weights = replicate_weights(self.n)
@@ -514,8 +548,7 @@ class Setting:
         if not self.args.as_published:
             return torch.arange(self.n)
         generator = make_generator('sample', *key)
-        return torch.cat([torch.randperm(self.pool, generator=generator)[:self.batch]
-                          for _ in range(self.repeats)])
+        return torch.cat([torch.randperm(self.pool, generator=generator)[: self.batch] for _ in range(self.repeats)])
 
     def images(self, index):
         x, y = self.data.test
@@ -524,10 +557,21 @@ class Setting:
 
     def attack(self, model, x, y):
         """PGD on the true labels, started at the image: (N, C, H, W)."""
-        return torch.cat([common.pgd(
-            model, a, b, eps=self.args.eps, step_size=self.args.test_step_size,
-            steps=self.args.test_steps, norm=self.args.norm, start='clean')
-            for a, b in zip(x.split(self.batch), y.split(self.batch))])
+        return torch.cat(
+            [
+                common.pgd(
+                    model,
+                    a,
+                    b,
+                    eps=self.args.eps,
+                    step_size=self.args.test_step_size,
+                    steps=self.args.test_steps,
+                    norm=self.args.norm,
+                    start='clean',
+                )
+                for a, b in zip(x.split(self.batch), y.split(self.batch))
+            ]
+        )
 
     def labels(self, y):
         """(1 + PERMUTATIONS, N): the labels and permutations of them."""
@@ -540,22 +584,32 @@ class Setting:
         of the layers or, without it, the predictions."""
         labels, found = self.labels(y), []
         for name, t in activations(model, x, self.layers, self.batch):
-            found.append(layer_information(t, labels, self.classes, self.weights,
-                                           self.args.as_published, self.args.variance,
-                                           self.args.bin_width,
-                                           unit=name == self.layers[-1][0],
-                                           geometry=geometry))
+            found.append(
+                layer_information(
+                    t,
+                    labels,
+                    self.classes,
+                    self.weights,
+                    self.args.as_published,
+                    self.args.variance,
+                    self.args.bin_width,
+                    unit=name == self.layers[-1][0],
+                    geometry=geometry,
+                )
+            )
         loss = F.cross_entropy(t, y, reduction='none')
-        correct = (t.argmax(1) == y)
-        guesses = {} if geometry else dict(predicted=common.pack(t.argmax(1).short()),
-                                           label=common.pack(y.short()))
+        correct = t.argmax(1) == y
+        guesses = {} if geometry else dict(predicted=common.pack(t.argmax(1).short()), label=common.pack(y.short()))
         return guesses | dict(
             values=common.pack(torch.stack([f.pop('values') for f in found]).float()),
-            unit=common.pack(found[-1].pop('unit').float()), rms=found[-1].pop('rms'),
+            unit=common.pack(found[-1].pop('unit').float()),
+            rms=found[-1].pop('rms'),
             accuracy=common.pack((self.weights @ correct.double().cpu()).float()),
             loss=common.pack((self.weights @ loss.double().cpu()).float()),
             ceiling=entropy(np.unique(index.numpy(), return_counts=True)[1]),
-            label_entropy=entropy(y.bincount().tolist()), layers=found)
+            label_entropy=entropy(y.bincount().tolist()),
+            layers=found,
+        )
 
 
 def measured_epochs(epochs, most, published):
@@ -566,8 +620,9 @@ def measured_epochs(epochs, most, published):
         epochs -= 1
     if most == 0 or epochs + 1 <= most:
         return list(range(epochs + 1))
-    spaced = [[0, epochs]] + [[0, *np.unique(np.geomspace(1, epochs, n).round().astype(int))]
-                              for n in range(2, 4 * most)]
+    spaced = [[0, epochs]] + [
+        [0, *np.unique(np.geomspace(1, epochs, n).round().astype(int))] for n in range(2, 4 * most)
+    ]
     return [int(e) for e in max((e for e in spaced if len(e) <= max(most, 2)), key=len)]
 
 
@@ -595,8 +650,7 @@ def measure_distortions(setting, model, levels, *key):
         plain = setting.measure(model, x, y, index, geometry=False)
         for name, at in levels.items():
             for i, level in enumerate(at):
-                found = setting.measure(model, distort(x, name, level), y, index,
-                                        geometry=False) if i else dict(plain)
+                found = setting.measure(model, distort(x, name, level), y, index, geometry=False) if i else dict(plain)
                 found['layers'] = None  # the information itself is enough here
                 out[name][level][kind] = found
     return out
@@ -611,9 +665,12 @@ def scale_control(setting, model, *key):
     args, labels, curves = setting.args, y[None], []
     for _, t in activations(model, x, setting.layers, setting.batch):
         kde = kde_terms(t, labels, setting.classes, CURVE, args.as_published)
-        curves.append([[kde['upper'].mean(1).tolist(), kde['lower'].mean(1).tolist()],
-                       [(kde[e] - kde[e + '_given'][:, 0]).mean(1).tolist()
-                        for e in ('upper', 'lower')]])
+        curves.append(
+            [
+                [kde['upper'].mean(1).tolist(), kde['lower'].mean(1).tolist()],
+                [(kde[e] - kde[e + '_given'][:, 0]).mean(1).tolist() for e in ('upper', 'lower')],
+            ]
+        )
     spread = t.double().var(0).mean().clamp(min=1e-18).item()
     variances = (*CURVE, args.variance * spread, args.variance)
     kde = kde_terms(t, labels, setting.classes, variances, args.as_published, geometry=True)
@@ -621,14 +678,18 @@ def scale_control(setting, model, *key):
     spreads = (moved - moved.mean(1, keepdim=True)) @ setting.weights[1:].T
     means = kde['lower'].mean(1, keepdim=True).cpu()
     logits = torch.cat((means, means + spreads), 1)  # (variances, 1 + REPLICATES)
-    referee = monte_carlo(t, y, args.variance, REFEREE_DRAWS,
-                          make_generator('referee', device=t.device))
-    return dict(curves=curves, rms=t.double().square().mean().sqrt().item(), spread=spread,
-                logits=common.pack(logits[:-2].float()), relative=common.pack(logits[-2].float()),
-                bounds=[kde['lower'][-1].mean().item(), kde['upper'][-1].mean().item()],
-                referee=referee.mean(1).tolist(),
-                referee_error=(referee.std(1) / referee.shape[1] ** 0.5).tolist(),
-                cells=_cells_difference(t, args.bin_width))
+    referee = monte_carlo(t, y, args.variance, REFEREE_DRAWS, make_generator('referee', device=t.device))
+    return dict(
+        curves=curves,
+        rms=t.double().square().mean().sqrt().item(),
+        spread=spread,
+        logits=common.pack(logits[:-2].float()),
+        relative=common.pack(logits[-2].float()),
+        bounds=[kde['lower'][-1].mean().item(), kde['upper'][-1].mean().item()],
+        referee=referee.mean(1).tolist(),
+        referee_error=(referee.std(1) / referee.shape[1] ** 0.5).tolist(),
+        cells=_cells_difference(t, args.bin_width),
+    )
 
 
 def _cells_difference(t, width):
@@ -649,8 +710,7 @@ def training_measures(setting, model, n=1000):
     for images in (x, setting.attack(model, x, y)):
         with common.frozen(model), torch.no_grad():
             logits = torch.cat([model(a) for a in images.split(setting.batch)])
-        terms.append(torch.stack((F.cross_entropy(logits, y, reduction='none'),
-                                  (logits.argmax(1) == y).float())))
+        terms.append(torch.stack((F.cross_entropy(logits, y, reduction='none'), (logits.argmax(1) == y).float())))
     return common.pack((torch.stack(terms).double().cpu() @ weights.T).float())
 
 
@@ -676,26 +736,36 @@ def study(args):
         raise common.UserError('--as-published measures before each epoch: two or more --epochs')
     args.test_step_size = args.test_step_size or usual_test_step(args)
     folder, config = common.start_run('mi_analysis', args)
-    data = common.load_data(args.dataset, args.data_root, trust=args.trust_data,
-                            train_size=args.train_size, test_size=args.test_size,
-                            image_size=args.image_size, pad=args.pad, device=device)
+    data = common.load_data(
+        args.dataset,
+        args.data_root,
+        trust=args.trust_data,
+        train_size=args.train_size,
+        test_size=args.test_size,
+        image_size=args.image_size,
+        pad=args.pad,
+        device=device,
+    )
     results = common.load_results(folder, config, __file__, args.fresh)
     setting = Setting(args, data)
     if setting.n < 2 * len(data.classes):
         raise common.UserError('--test-size is too small: two images of each class at least')
     epochs = measured_epochs(args.epochs, args.measured, args.as_published)
     levels = distortion_levels(data.shape[-1])
-    results |= dict(classes=data.classes, epochs=epochs, levels=levels, samples=setting.n,
-                    layers=[name for name, _ in setting.layers])
+    results |= dict(
+        classes=data.classes,
+        epochs=epochs,
+        levels=levels,
+        samples=setting.n,
+        layers=[name for name, _ in setting.layers],
+    )
     builder = partial(build, published=args.as_published)
-    extra = dict(batch_statistics=True) if args.as_published and 'lenet' not in args.arch \
-        else None
+    extra = dict(batch_statistics=True) if args.as_published and 'lenet' not in args.arch else None
     rows = []
     for seed in args.seeds:
         for method in METHODS:
             keep = sorted({*epochs, args.epochs})
-            trained = common.train_model(args, data, method, seed, device, build=builder,
-                                         extra=extra, keep=keep)
+            trained = common.train_model(args, data, method, seed, device, build=builder, extra=extra, keep=keep)
             rows += trained['history']
             common.write_metrics(folder / 'metrics.csv', rows)
             name = f'{method}-s{seed}'
@@ -703,16 +773,19 @@ def study(args):
             results[f'collapsed-{name}'] = trained['collapsed']
             for epoch in epochs:
                 model = common.restore(trained, epoch, args, data, device, builder)
-                found = common.measure(results, f'plane-{name}-e{epoch}', lambda: measure_epoch(
-                    setting, model, method, seed, epoch), folder)
+                found = common.measure(
+                    results,
+                    f'plane-{name}-e{epoch}',
+                    lambda: measure_epoch(setting, model, method, seed, epoch),
+                    folder,
+                )
                 common.log.info('  %s epoch %3d  %s', NAMES[method], epoch, _brief(found))
-            common.measure(results, f'train-{name}', lambda: training_measures(
-                setting, model), folder)
-            common.measure(results, f'scale-{name}', lambda: scale_control(
-                setting, model, method, seed), folder)
+            common.measure(results, f'train-{name}', lambda: training_measures(setting, model), folder)
+            common.measure(results, f'scale-{name}', lambda: scale_control(setting, model, method, seed), folder)
             model = common.restore(trained, args.epochs, args, data, device, builder)
-            common.measure(results, f'distortion-{name}', lambda: measure_distortions(
-                setting, model, levels, method, seed), folder)
+            common.measure(
+                results, f'distortion-{name}', lambda: measure_distortions(setting, model, levels, method, seed), folder
+            )
     common.measure(results, 'images', lambda: example_images(setting, levels), folder)
     return folder, common.finish(folder, results)
 
@@ -722,8 +795,10 @@ def _brief(found):
     text = []
     for kind, name in KINDS.items():
         v = common.unpack(found[kind]['values'])[-1, :, 0]
-        text.append(f'{name}: accuracy {common.unpack(found[kind]["accuracy"])[0]:.3f}, logits '
-                    f'I(T;X) {v[1]:.2f}-{v[0]:.2f}, I(T;Y) {v[4]:.2f}')
+        text.append(
+            f'{name}: accuracy {common.unpack(found[kind]["accuracy"])[0]:.3f}, logits '
+            f'I(T;X) {v[1]:.2f}-{v[0]:.2f}, I(T;Y) {v[4]:.2f}'
+        )
     return '   '.join(text) + ' bits'
 
 
@@ -732,11 +807,14 @@ def example_images(setting, levels, count=4):
     y = setting.data.test[1]
     index = torch.stack([(y == k).nonzero()[0, 0] for k in y.unique()[:count]])
     x, _ = setting.images(index.cpu())
-    return {name: [common.pack((distort(x, name, level) * 255).round().byte())
-                   for level in at] for name, at in levels.items()}
+    return {
+        name: [common.pack((distort(x, name, level) * 255).round().byte()) for level in at]
+        for name, at in levels.items()
+    }
 
 
 # ---------------------------------------------------------------------------- reading results
+
 
 def short(name):
     """'block1.0.relu1' -> 'block1'."""
@@ -746,21 +824,25 @@ def short(name):
 def plane(results, method, kind, what='values'):
     """(seeds, epochs, ...) of the measurements through training; their last axis, where it
     has 1 + REPLICATES entries, starts with the value itself."""
-    found = [[results[f'plane-{method}-s{s}-e{e}'][kind] for e in results['epochs']]
-             for s in results['config']['seeds']]
+    found = [
+        [results[f'plane-{method}-s{s}-e{e}'][kind] for e in results['epochs']] for s in results['config']['seeds']
+    ]
     if what in ('values', 'unit', 'accuracy', 'loss'):
         return np.array([[common.unpack(m[what]) for m in row] for row in found], float)
     if what in ('ceiling', 'label_entropy'):
         return np.array([[m[what] for m in row] for row in found])
-    return np.array([[[layer[what] for layer in m['layers']] for m in row] for row in found],
-                    None if what == 'dimensions' else float)  # None becomes nan
+    return np.array(
+        [[[layer[what] for layer in m['layers']] for m in row] for row in found],
+        None if what == 'dimensions' else float,
+    )  # None becomes nan
 
 
 def distorted(results, method, kind, name, what):
     """(seeds, levels, ...) of the measurements under a distortion."""
     runs = [results[f'distortion-{method}-s{s}'][name] for s in results['config']['seeds']]
-    return np.array([[common.unpack(run[str(level)][kind][what])
-                      for level in results['levels'][name]] for run in runs], float)
+    return np.array(
+        [[common.unpack(run[str(level)][kind][what]) for level in results['levels'][name]] for run in runs], float
+    )
 
 
 def interval(statistic, *arrays, seed=0):
@@ -819,9 +901,13 @@ def epoch_colours(results):
 def epoch_bar(figure, axes, results):
     """A colour bar that names the measured epochs."""
     n = len(results['epochs'])
-    bar = figure.colorbar(ScalarMappable(BoundaryNorm(np.arange(n + 1) - 0.5, n),
-                                         ListedColormap(epoch_colours(results))),
-                          ax=axes, ticks=range(0, n, max(1, n // 8)), aspect=40, pad=0.01)
+    bar = figure.colorbar(
+        ScalarMappable(BoundaryNorm(np.arange(n + 1) - 0.5, n), ListedColormap(epoch_colours(results))),
+        ax=axes,
+        ticks=range(0, n, max(1, n // 8)),
+        aspect=40,
+        pad=0.01,
+    )
     bar.set_ticklabels([results['epochs'][i] for i in range(0, n, max(1, n // 8))])
     bar.set_label('epochs of training')
 
@@ -834,27 +920,30 @@ def figure_training(results, folder):
         epochs = [r['epoch'] for r in rows[0]]
         key = 'train_natural' if method == 'standard' else 'train_robust'
         label = f'{name}, training' + (' (PGD)' if method == 'pgd' else '')
-        axes[0, 0].plot(epochs, np.mean([[r['loss'] for r in row] for row in rows], 0), ls=':',
-                        color=colour, label=label)
-        axes[0, 1].plot(epochs, 100 * np.mean([[r[key] for r in row] for row in rows], 0),
-                        ls=':', color=colour)
+        axes[0, 0].plot(
+            epochs, np.mean([[r['loss'] for r in row] for row in rows], 0), ls=':', color=colour, label=label
+        )
+        axes[0, 1].plot(epochs, 100 * np.mean([[r[key] for r in row] for row in rows], 0), ls=':', color=colour)
         for kind, text in KINDS.items():
             for axis, what, unit in zip(axes[0], ('loss', 'accuracy'), (1, 100)):
-                axis.plot(results['epochs'], unit * plane(results, method, kind, what)[
-                    ..., 0].mean(0), color=colour, ms=4, **KIND_STYLE[kind],
-                    label=f'{name}, {text} test images')
+                axis.plot(
+                    results['epochs'],
+                    unit * plane(results, method, kind, what)[..., 0].mean(0),
+                    color=colour,
+                    ms=4,
+                    **KIND_STYLE[kind],
+                    label=f'{name}, {text} test images',
+                )
     axes[0, 0].set(yscale='log', ylabel='cross-entropy (nats)', xlabel='epoch', title='Loss')
     axes[0, 1].axhline(100 / len(results['classes']), color='0.6', ls=':', lw=1)
-    axes[0, 1].set(ylabel='accuracy (%)', xlabel='epoch', ylim=(-3, 103),
-                   title='Accuracy (dotted grey: chance)')
+    axes[0, 1].set(ylabel='accuracy (%)', xlabel='epoch', ylim=(-3, 103), title='Accuracy (dotted grey: chance)')
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     common.save_figure(fig, folder, 'fig1_training')
 
 
 def figure_plane(results, method, folder, name):
     layers, colours = results['layers'], epoch_colours(results)
-    fig, axes = common.new_figure(3, len(layers), 1.9 * len(layers) + 1.2, 6.2, sharex=True,
-                                  sharey=True)
+    fig, axes = common.new_figure(3, len(layers), 1.9 * len(layers) + 1.2, 6.2, sharex=True, sharey=True)
     ceiling = plane(results, method, 'clean', 'ceiling')[0, -1]
     top = plane(results, method, 'clean', 'label_entropy')[0, -1]
     for r, (row, estimator) in enumerate(zip(axes, ESTIMATORS)):
@@ -865,10 +954,14 @@ def figure_plane(results, method, folder, name):
             for kind in KINDS:
                 values = plane(results, method, kind)[..., 0].mean(0)[:, i]
                 axis.plot(values[:, x], values[:, y], color='0.7', lw=0.6, zorder=1)
-                axis.scatter(values[:, x], values[:, y], c=colours, zorder=2,
-                             **dict(s=18) if kind == 'clean' else dict(s=60, marker='+'))
-            moving = np.concatenate([plane(results, method, kind)[..., 0].mean(0)[1:, i][:, [x, y]]
-                                     for kind in KINDS])
+                axis.scatter(
+                    values[:, x],
+                    values[:, y],
+                    c=colours,
+                    zorder=2,
+                    **dict(s=18) if kind == 'clean' else dict(s=60, marker='+'),
+                )
+            moving = np.concatenate([plane(results, method, kind)[..., 0].mean(0)[1:, i][:, [x, y]] for kind in KINDS])
             crowded = MARGIN < np.ptp(moving[:, 0]) < 0.3 * ceiling
             if crowded and moving[:, 1].min() > 0.75 * top:  # and not below the inset
                 zoom = axis.inset_axes((0.2, 0.12, 0.62, 0.55))  # all but the initial network
@@ -878,18 +971,19 @@ def figure_plane(results, method, folder, name):
                 zoom.tick_params(labelsize=5)
                 zoom.ticklabel_format(useOffset=False)
             if r == 0:
-                axis.set_title(f'{short(layers[i])}, D = '
-                               f'{plane(results, method, "clean", "dimensions")[0, -1, i]}')
+                axis.set_title(f'{short(layers[i])}, D = {plane(results, method, "clean", "dimensions")[0, -1, i]}')
             axis.set(xlim=(-0.5, ceiling + 0.7), ylim=(-0.15, top + 0.25))
         row[0].set_ylabel(f'{ESTIMATORS[estimator]}\nI(T;Y) (bits)')
     for axis in axes[-1]:
         axis.set_xlabel('I(T;X) (bits)')
     epoch_bar(fig, axes, results)
     title = 'Normal training (NT)' if method == 'standard' else 'Adversarial training (AT)'
-    fig.suptitle(f'{title}: information plane of each layer, {results["samples"]} test images. '
-                 'Circles: natural,\ncrosses: adversarial. Dotted: the ceilings log2 N and H(Y)'
-                 ', which any layer reaches\nwhose outputs lie far apart; insets: the same '
-                 'without the initial network')
+    fig.suptitle(
+        f'{title}: information plane of each layer, {results["samples"]} test images. '
+        'Circles: natural,\ncrosses: adversarial. Dotted: the ceilings log2 N and H(Y)'
+        ', which any layer reaches\nwhose outputs lie far apart; insets: the same '
+        'without the initial network'
+    )
     common.save_figure(fig, folder, name)
 
 
@@ -902,13 +996,10 @@ def figure_layers(results, folder):
             for kind in KINDS:
                 values = plane(results, method, kind)[..., 0].mean(0)[:, :, q]
                 for e, line in enumerate(values):
-                    axis.plot(range(len(layers)), line, color=colours[e], ms=4, lw=1,
-                              **KIND_STYLE[kind])
-            limit = plane(results, method, 'clean', 'ceiling' if which == 'x' else
-                          'label_entropy')[0, -1]
+                    axis.plot(range(len(layers)), line, color=colours[e], ms=4, lw=1, **KIND_STYLE[kind])
+            limit = plane(results, method, 'clean', 'ceiling' if which == 'x' else 'label_entropy')[0, -1]
             axis.axhline(limit, color='0.6', lw=1, ls=':')
-            axis.set(ylim=(-0.03 * limit, 1.06 * limit),
-                     ylabel=f'{NAMES[method]}: I(T;{which.upper()}) (bits)')
+            axis.set(ylim=(-0.03 * limit, 1.06 * limit), ylabel=f'{NAMES[method]}: I(T;{which.upper()}) (bits)')
             axis.set_xticks(range(len(layers)), map(short, layers))
         for kind in KINDS:
             x, y, null = plane(results, method, kind, 'unit')[..., 0].mean(0).T
@@ -921,15 +1012,16 @@ def figure_layers(results, folder):
     axes[0, 1].set_title('Label information of each layer')
     axes[0, 2].set_title('Plane of the logits at unit RMS\n(grey: labels permuted)')
     epoch_bar(fig, axes, results)
-    fig.suptitle('Information through training, KDE lower bound. Solid, circles: natural images; '
-                 'dashed, crosses: adversarial.\nDotted: ceiling')
+    fig.suptitle(
+        'Information through training, KDE lower bound. Solid, circles: natural images; '
+        'dashed, crosses: adversarial.\nDotted: ceiling'
+    )
     common.save_figure(fig, folder, 'fig4_layers')
 
 
 def figure_entropy(results, folder):
     layers, classes = results['layers'], results['classes']
-    fig, axes = common.new_figure(4, len(layers), 1.9 * len(layers) + 0.8, 7.2, sharex=True,
-                                  sharey=True)
+    fig, axes = common.new_figure(4, len(layers), 1.9 * len(layers) + 0.8, 7.2, sharex=True, sharey=True)
     places = range(len(results['epochs']))  # the early epochs have as much room as the late
     for r, (method, kind) in enumerate((m, k) for m in METHODS for k in KINDS):
         row = axes[r]
@@ -938,27 +1030,35 @@ def figure_entropy(results, folder):
         for i, axis in enumerate(row):
             noise = noise_entropy(sizes[i], results['config']['variance'])
             for k in range(min(len(classes), 10)):
-                axis.plot(places, values[:, i, 1 + k] - noise, lw=0.8, alpha=0.8,
-                          color=colormaps['tab10'](k),
-                          label=f'{classes[k]}' if r == i == 0 else None)
-            axis.plot(places, values[:, i, 0] - noise, color='k', lw=2,
-                      label='all images' if r == i == 0 else None)
+                axis.plot(
+                    places,
+                    values[:, i, 1 + k] - noise,
+                    lw=0.8,
+                    alpha=0.8,
+                    color=colormaps['tab10'](k),
+                    label=f'{classes[k]}' if r == i == 0 else None,
+                )
+            axis.plot(places, values[:, i, 0] - noise, color='k', lw=2, label='all images' if r == i == 0 else None)
             if r == 0:
                 axis.set_title(f'{short(layers[i])}\nH(noise) = {noise:.1f}')
-            axis.set_xticks(list(places)[::max(1, len(places) // 4)],
-                            results['epochs'][::max(1, len(places) // 4)])
+            axis.set_xticks(list(places)[:: max(1, len(places) // 4)], results['epochs'][:: max(1, len(places) // 4)])
         row[0].set_ylabel(f'{NAMES[method]}, {KINDS[kind]}\nH - H(noise) (bits)')
     for axis in axes[-1]:
         axis.set_xlabel('epoch')
     fig.legend(loc='outside lower center', ncols=6)
-    fig.suptitle('Entropy of each layer, all images (black) and each class'
-                 + (' (the first ten)' if len(classes) > 10 else '') + ', KDE lower bound')
+    fig.suptitle(
+        'Entropy of each layer, all images (black) and each class'
+        + (' (the first ten)' if len(classes) > 10 else '')
+        + ', KDE lower bound'
+    )
     common.save_figure(fig, folder, 'fig5_entropy')
 
 
 def _level_axis(axis, name, levels):
-    axis.set_xticks(range(len(levels)), ['none' if i == 0 else f'{v}' if name == 'saturation'
-                                         else f'{v}x{v}' for i, v in enumerate(levels)])
+    axis.set_xticks(
+        range(len(levels)),
+        ['none' if i == 0 else f'{v}' if name == 'saturation' else f'{v}x{v}' for i, v in enumerate(levels)],
+    )
     axis.set_xlabel('saturation level p' if name == 'saturation' else 'shuffled patches')
 
 
@@ -966,30 +1066,36 @@ def figure_distortion(results, folder):
     fig, axes = common.new_figure(3, 4, 11.5, 7.2)
     for half, name in enumerate(results['levels']):
         levels = results['levels'][name]
-        panels = (('loss', axes[0, 2 * half], 'cross-entropy (nats)'),
-                  ('accuracy', axes[0, 2 * half + 1], 'accuracy (%)'),
-                  ('x', axes[1, 2 * half], 'logits: I(T;X) (bits)'),
-                  ('y', axes[1, 2 * half + 1], 'logits: I(T;Y) (bits)'),
-                  ('unit x', axes[2, 2 * half], 'at unit RMS: I(T;X)'),
-                  ('unit y', axes[2, 2 * half + 1], 'at unit RMS: I(T;Y)'))
+        panels = (
+            ('loss', axes[0, 2 * half], 'cross-entropy (nats)'),
+            ('accuracy', axes[0, 2 * half + 1], 'accuracy (%)'),
+            ('x', axes[1, 2 * half], 'logits: I(T;X) (bits)'),
+            ('y', axes[1, 2 * half + 1], 'logits: I(T;Y) (bits)'),
+            ('unit x', axes[2, 2 * half], 'at unit RMS: I(T;X)'),
+            ('unit y', axes[2, 2 * half + 1], 'at unit RMS: I(T;Y)'),
+        )
         for what, axis, label in panels:
             for method in METHODS:
                 for kind in KINDS:
                     if 'unit' in what:
-                        value = distorted(results, method, kind, name, 'unit')[
-                            :, :, 'xy'.index(what[-1])]
+                        value = distorted(results, method, kind, name, 'unit')[:, :, 'xy'.index(what[-1])]
                     elif what in 'xy':
                         value = distorted(results, method, kind, name, 'values')[
-                            :, :, -1, QUANTITIES.index(f'{what}_lower'), :]
+                            :, :, -1, QUANTITIES.index(f'{what}_lower'), :
+                        ]
                     else:
                         value = distorted(results, method, kind, name, what)
                     value = value.mean(0) * (100 if what == 'accuracy' else 1)
                     low, high = np.percentile(value[:, 1:], (2.5, 97.5), axis=1)
-                    axis.fill_between(range(len(levels)), low, high, alpha=0.15, lw=0,
-                                      color=METHOD_COLOURS[method])
-                    axis.plot(range(len(levels)), value[:, 0], ms=4, **KIND_STYLE[kind],
-                              color=METHOD_COLOURS[method],
-                              label=f'{NAMES[method]}, {KINDS[kind]}')
+                    axis.fill_between(range(len(levels)), low, high, alpha=0.15, lw=0, color=METHOD_COLOURS[method])
+                    axis.plot(
+                        range(len(levels)),
+                        value[:, 0],
+                        ms=4,
+                        **KIND_STYLE[kind],
+                        color=METHOD_COLOURS[method],
+                        label=f'{NAMES[method]}, {KINDS[kind]}',
+                    )
             _level_axis(axis, name, levels)
             axis.set_ylabel(label)
         axes[0, 2 * half].set_yscale('log')
@@ -998,9 +1104,11 @@ def figure_distortion(results, folder):
     axes[0, 0].set_title('Saturation: texture goes, outlines stay', loc='left')
     axes[0, 2].set_title('Patch-shuffle: shape goes, texture stays', loc='left')
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
-    fig.suptitle('Networks on distorted images (attacked first, distorted second); information '
-                 'of the logits\nby the KDE lower bound, as they are and scaled to unit RMS; '
-                 'bands: 95 % over images; dotted: chance')
+    fig.suptitle(
+        'Networks on distorted images (attacked first, distorted second); information '
+        'of the logits\nby the KDE lower bound, as they are and scaled to unit RMS; '
+        'bands: 95 % over images; dotted: chance'
+    )
     common.save_figure(fig, folder, 'fig6_distortion')
 
 
@@ -1014,10 +1122,14 @@ def figure_distortion_layers(results, folder):
             for kind in KINDS:
                 values = distorted(results, method, kind, name, 'values')[..., q, 0].mean(0)
                 for i, axis in enumerate(row):
-                    axis.plot(range(len(levels)), values[:, i], ms=3.5, **KIND_STYLE[kind],
-                              color=METHOD_COLOURS[method],
-                              label=f'{NAMES[method]}, {KINDS[kind]}'
-                              if r == i == 0 else None)
+                    axis.plot(
+                        range(len(levels)),
+                        values[:, i],
+                        ms=3.5,
+                        **KIND_STYLE[kind],
+                        color=METHOD_COLOURS[method],
+                        label=f'{NAMES[method]}, {KINDS[kind]}' if r == i == 0 else None,
+                    )
         for i, axis in enumerate(row):
             _level_axis(axis, name, levels)
             if r == 0:
@@ -1028,8 +1140,10 @@ def figure_distortion_layers(results, folder):
         row[0].set_ylim(min(row[0].get_ylim()[0], top - 0.1), None)  # no zoom into nothing
         row[0].set_ylabel(f'{name}\nI(T;{what.upper()}) (bits)')
     fig.legend(loc='outside lower center', ncols=4)
-    fig.suptitle('Information in every layer under distortion, KDE lower bound; lines on top of '
-                 'each other are at the ceiling (dotted)')
+    fig.suptitle(
+        'Information in every layer under distortion, KDE lower bound; lines on top of '
+        'each other are at the ceiling (dotted)'
+    )
     common.save_figure(fig, folder, 'fig7_distortion_layers')
 
 
@@ -1042,8 +1156,7 @@ def figure_images(results, folder):
         shown = common.unpack(images[name][i]) / 255
         for axis, image in zip(axes[:, column], shown):
             text = ('p = {}' if name == 'saturation' else '{0} x {0}').format(levels[name][i])
-            common.show_image(axis, image, ('none' if i == 0 else text)
-                              if axis is axes[0, column] else '')
+            common.show_image(axis, image, ('none' if i == 0 else text) if axis is axes[0, column] else '')
     fig.suptitle('Saturation levels (left) and patch-shuffle (right)')
     common.save_figure(fig, folder, 'fig8_images')
 
@@ -1057,17 +1170,29 @@ def figure_scale(results, folder):
         rms = np.mean([r['rms'] for r in runs])
         for which, row in enumerate(axes):
             for i, layer in enumerate(layers):
-                line, = row[column].plot(CURVE, curves[i, which, 1], marker='o', ms=3,
-                                         label=short(layer))
-                row[column].plot(CURVE, curves[i, which, 0], ls=':', lw=1,
-                                 color=line.get_color())
-            row[column].set(xscale='log', ylabel=f'I(T;{"XY"[which]}) (bits)',
-                            title=f'{NAMES[method]}, every layer' if which == 0 else '')
-            row[2].plot(CURVE, curves[-1, which, 1], color=METHOD_COLOURS[method], marker='o',
-                        ms=3, label=f'{NAMES[method]}, as they are')
-            row[2].plot(np.array(CURVE) / rms ** 2, curves[-1, which, 1], ls='--', lw=1,
-                        color=METHOD_COLOURS[method],
-                        label=f'{NAMES[method]}, unit RMS (was {rms:.1f})')
+                (line,) = row[column].plot(CURVE, curves[i, which, 1], marker='o', ms=3, label=short(layer))
+                row[column].plot(CURVE, curves[i, which, 0], ls=':', lw=1, color=line.get_color())
+            row[column].set(
+                xscale='log',
+                ylabel=f'I(T;{"XY"[which]}) (bits)',
+                title=f'{NAMES[method]}, every layer' if which == 0 else '',
+            )
+            row[2].plot(
+                CURVE,
+                curves[-1, which, 1],
+                color=METHOD_COLOURS[method],
+                marker='o',
+                ms=3,
+                label=f'{NAMES[method]}, as they are',
+            )
+            row[2].plot(
+                np.array(CURVE) / rms**2,
+                curves[-1, which, 1],
+                ls='--',
+                lw=1,
+                color=METHOD_COLOURS[method],
+                label=f'{NAMES[method]}, unit RMS (was {rms:.1f})',
+            )
     for axis in axes.flat:
         axis.axvline(results['config']['variance'], color='0.6', lw=1, ls=':')
     axes[0, 2].set_title('logits, also at unit RMS')
@@ -1075,8 +1200,10 @@ def figure_scale(results, folder):
         axis.set_xlabel('variance of the noise')
     handles = [axis.get_legend_handles_labels() for axis in (axes[0, 0], axes[0, 2])]
     fig.legend(*(a + b for a, b in zip(*handles)), loc='outside lower center', ncols=5)
-    fig.suptitle('Information against the noise, natural images. Solid: lower bound, dotted: '
-                 f'upper bound.\nGrey: the usual variance, {results["config"]["variance"]:g}')
+    fig.suptitle(
+        'Information against the noise, natural images. Solid: lower bound, dotted: '
+        f'upper bound.\nGrey: the usual variance, {results["config"]["variance"]:g}'
+    )
     common.save_figure(fig, folder, 'fig9_scale')
 
 
@@ -1089,20 +1216,28 @@ def figure_nulls(results, folder):
         x, y = QUANTITIES.index('x_lower'), QUANTITIES.index('y_lower')
         null = plane(results, method, 'clean', 'null')[:, -1, :, 1].mean(0)
         top, bottom = axes[:, column]
-        for shift, values, text, colour in ((-0.25, clean[0, :, x], 'initial network', '0.7'),
-                                            (0, clean[-1, :, x], 'natural', '#0072B2'),
-                                            (0.25, adv[-1, :, x], 'adversarial', '#D55E00')):
-            top.bar(place + shift, values, 0.22, color=colour, label=text)
-        top.axhline(plane(results, method, 'clean', 'ceiling')[0, -1], color='k', ls=':', lw=1,
-                    label='ceiling, with repeated images' if results['config']['as_published']
-                    else 'ceiling log2 N')
         for shift, values, text, colour in (
-                (-0.25, null, 'labels permuted', '0.7'),
-                (0, clean[-1, :, y], 'natural', '#0072B2'),
-                (0.25, adv[-1, :, y], 'adversarial', '#D55E00')):
+            (-0.25, clean[0, :, x], 'initial network', '0.7'),
+            (0, clean[-1, :, x], 'natural', '#0072B2'),
+            (0.25, adv[-1, :, x], 'adversarial', '#D55E00'),
+        ):
+            top.bar(place + shift, values, 0.22, color=colour, label=text)
+        top.axhline(
+            plane(results, method, 'clean', 'ceiling')[0, -1],
+            color='k',
+            ls=':',
+            lw=1,
+            label='ceiling, with repeated images' if results['config']['as_published'] else 'ceiling log2 N',
+        )
+        for shift, values, text, colour in (
+            (-0.25, null, 'labels permuted', '0.7'),
+            (0, clean[-1, :, y], 'natural', '#0072B2'),
+            (0.25, adv[-1, :, y], 'adversarial', '#D55E00'),
+        ):
             bottom.bar(place + shift, values, 0.22, color=colour, label=text)
-        bottom.axhline(plane(results, method, 'clean', 'label_entropy')[0, -1], color='k',
-                       ls=':', lw=1, label='ceiling H(Y)')
+        bottom.axhline(
+            plane(results, method, 'clean', 'label_entropy')[0, -1], color='k', ls=':', lw=1, label='ceiling H(Y)'
+        )
         top.set(title=f'{NAMES[method]}: I(T;X)', ylabel='bits')
         bottom.set(title=f'{NAMES[method]}: I(T;Y)', ylabel='bits')
         for axis in (top, bottom):
@@ -1110,18 +1245,20 @@ def figure_nulls(results, folder):
             axis.grid(axis='x', visible=False)
             axis.set_ylim(0, axis.get_ylim()[1] * 1.25)
             axis.legend(ncols=2, loc='upper center')
-    fig.suptitle('What is left beside the ceiling and the null, KDE lower bound. A layer that '
-                 'reaches the ceiling\nuntrained, and with permuted labels, says nothing about '
-                 'training')
+    fig.suptitle(
+        'What is left beside the ceiling and the null, KDE lower bound. A layer that '
+        'reaches the ceiling\nuntrained, and with permuted labels, says nothing about '
+        'training'
+    )
     common.save_figure(fig, folder, 'fig10_nulls')
 
 
 def figure_geometry(results, folder):
     fig, axes = common.new_figure(1, 2, 8.6, 3.6)
-    pairs = (('x_lower', 'log_nearest', 'I(T;X), KDE lower (bits)',
-              'distance of the nearest neighbour (mean log2)'),
-             ('y_lower', 'ratio', 'I(T;Y), KDE lower (bits)',
-              'distance between classes / within a class'))
+    pairs = (
+        ('x_lower', 'log_nearest', 'I(T;X), KDE lower (bits)', 'distance of the nearest neighbour (mean log2)'),
+        ('y_lower', 'ratio', 'I(T;Y), KDE lower (bits)', 'distance between classes / within a class'),
+    )
     for axis, (quantity, geometry, ylabel, xlabel) in zip(axes[0], pairs):
         for method, marker in zip(METHODS, 'os'):
             for i, layer in enumerate(results['layers']):
@@ -1129,13 +1266,20 @@ def figure_geometry(results, folder):
                     values = plane(results, method, kind)[..., QUANTITIES.index(quantity), 0]
                     where = plane(results, method, kind, geometry)
                     label = f'{short(layer)}, {NAMES[method]}' if kind == 'clean' else None
-                    axis.plot(where[:, :, i].ravel(), values[:, :, i].ravel(), ls='',
-                              marker=marker, ms=4, color=f'C{i}', alpha=0.7,
-                              mfc=f'C{i}' if kind == 'clean' else 'none', label=label)
+                    axis.plot(
+                        where[:, :, i].ravel(),
+                        values[:, :, i].ravel(),
+                        ls='',
+                        marker=marker,
+                        ms=4,
+                        color=f'C{i}',
+                        alpha=0.7,
+                        mfc=f'C{i}' if kind == 'clean' else 'none',
+                        label=label,
+                    )
         axis.set(xlabel=xlabel, ylabel=ylabel)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right center')
-    fig.suptitle('The estimates follow the geometry of the outputs: every layer and epoch; '
-                 'hollow: adversarial images')
+    fig.suptitle('The estimates follow the geometry of the outputs: every layer and epoch; hollow: adversarial images')
     common.save_figure(fig, folder, 'fig11_geometry')
 
 
@@ -1149,16 +1293,26 @@ SLIDES = "authors' pre-publication run, 100 epochs, digitised from slides, +-0.0
 def judge(results, folder):
     """The claims table, from results.json alone."""
     config, claims = results['config'], []
-    broken = {m: 'collapsed to one class' for m in METHODS for s in config['seeds']
-              if results[f'collapsed-{m}-s{s}']}
+    broken = {m: 'collapsed to one class' for m in METHODS for s in config['seeds'] if results[f'collapsed-{m}-s{s}']}
     for m in METHODS:
         accuracy = plane(results, m, 'clean', 'accuracy')[:, -1, 0].min()
         if m not in broken and accuracy < CHANCE / len(results['classes']):
             broken[m] = f'near chance, {100 * accuracy:.0f} %'
     slides = config['dataset'] == 'cifar10' and config['arch'] == 'wrn-10-1'
 
-    def add(text, source, found, verdict=None, *, threshold=0.0, unit='bits', involved=METHODS,
-            reference=None, why=None, detail=None):
+    def add(
+        text,
+        source,
+        found,
+        verdict=None,
+        *,
+        threshold=0.0,
+        unit='bits',
+        involved=METHODS,
+        reference=None,
+        why=None,
+        detail=None,
+    ):
         """found: (value, low, high); why: what makes the claim uninformative, if anything."""
         value, low, high = found
         scale, digits = (100, 1) if unit in ('points', '%') else (1, 3)
@@ -1171,9 +1325,15 @@ def judge(results, folder):
         text_value = ' '.join(f'{scale * v:{sign}.{digits}f}' for v in (value, low, high))
         value, low, high = text_value.split()
         measured = f'{value} {unit} [{low}, {high}]'.replace('  ', ' ')
-        claims.append(claim(text, source, measured + (f'; {detail}' if detail else ''),
-                            f'uninformative: {why}' if why else verdict,
-                            f'{reference} ({SLIDES})' if reference and slides else '-'))
+        claims.append(
+            claim(
+                text,
+                source,
+                measured + (f'; {detail}' if detail else ''),
+                f'uninformative: {why}' if why else verdict,
+                f'{reference} ({SLIDES})' if reference and slides else '-',
+            )
+        )
 
     trend_claims(results, add)
     difficulty_claims(results, add)
@@ -1199,6 +1359,7 @@ def unlabelled(results, *pairs):
 
 def trend_claims(results, add):
     """V1, and what its correlations are worth."""
+
     def common_points(a, b):
         """{(layer, quantity): epochs} where neither series is saturated and both move."""
         free = below_ceiling(results, *a) & below_ceiling(results, *b)
@@ -1206,8 +1367,7 @@ def trend_claims(results, add):
         found = {}
         for i, q in np.ndindex(free.shape[1:]):
             epochs = np.flatnonzero(free[:, i, q])
-            if len(epochs) >= TREND_EPOCHS and all(np.ptp(v[epochs, i, q]) > MARGIN
-                                                   for v in values):
+            if len(epochs) >= TREND_EPOCHS and all(np.ptp(v[epochs, i, q]) > MARGIN for v in values):
                 found[i, q] = epochs
         return found
 
@@ -1215,53 +1375,92 @@ def trend_claims(results, add):
         points = common_points(a, b)
 
         def median(u, v):
-            return np.median([common.rank_correlation(u[e, i, q], v[e, i, q])
-                              for (i, q), e in points.items()])
+            return np.median([common.rank_correlation(u[e, i, q], v[e, i, q]) for (i, q), e in points.items()])
 
-        found = interval(median, *(plane(results, *key) for key in (a, b))) if points else \
-            (math.nan,) * 3
+        found = interval(median, *(plane(results, *key) for key in (a, b))) if points else (math.nan,) * 3
         names = {}
         for i, q in points:
             names.setdefault(short(results['layers'][i]), []).append(QUANTITIES[q])
-        add(text, source, found, decide(*found), threshold=TREND, unit='', involved=involved,
+        add(
+            text,
+            source,
+            found,
+            decide(*found),
+            threshold=TREND,
+            unit='',
+            involved=involved,
             detail='; '.join(f"{k}: {', '.join(v)}" for k, v in names.items()),
-            why=None if points else f'nothing stays below its ceiling for {TREND_EPOCHS} epochs')
+            why=None if points else f'nothing stays below its ceiling for {TREND_EPOCHS} epochs',
+        )
 
     for method in METHODS:
         add_trend(
             'V1 Through training, information on natural and adversarial images moves alike in '
             f'{NAMES[method]}: median rank correlation, over what is below its ceiling, is at '
-            f'least {TREND}', PAPER, (method, 'clean'), (method, 'adv'), (method,),
-            lambda value, low, high: 'supported' if value >= TREND and low > TREND_LOW else
-            'contradicted' if high < TREND else 'inconclusive')
+            f'least {TREND}',
+            PAPER,
+            (method, 'clean'),
+            (method, 'adv'),
+            (method,),
+            lambda value, low, high: (
+                'supported'
+                if value >= TREND and low > TREND_LOW
+                else 'contradicted'
+                if high < TREND
+                else 'inconclusive'
+            ),
+        )
     add_trend(
         'V1 Control: so much is more than any two trainings have in common: the same between NT '
-        f'and AT on natural images stays below {TREND}', 'control', ('standard', 'clean'),
-        ('pgd', 'clean'), METHODS,
-        lambda value, low, high: effect_verdict(-high, -low, -TREND))
+        f'and AT on natural images stays below {TREND}',
+        'control',
+        ('standard', 'clean'),
+        ('pgd', 'clean'),
+        METHODS,
+        lambda value, low, high: effect_verdict(-high, -low, -TREND),
+    )
 
 
 def difficulty_claims(results, add):
     """V2a: AT is the harder task."""
     seeds = results['config']['seeds']
     if all(results[f'train-{m}-s{s}'] for m in METHODS for s in seeds):
-        nt, at = (np.array([common.unpack(results[f'train-{m}-s{s}']) for s in seeds], float)
-                  for m in METHODS)  # (seeds, natural or attacked, loss or accuracy, ...)
-        add('V2a AT is harder: loss on training images, those of AT attacked, AT minus NT', PAPER,
-            interval(np.subtract, at[:, 1, 0], nt[:, 0, 0]), unit='nats',
-            reference='1.61 and 0.25')
-        add('V2a AT is harder: accuracy on training images, those of AT attacked, NT minus AT',
-            PAPER, interval(np.subtract, nt[:, 0, 1], at[:, 1, 1]), unit='points',
-            reference='88.7 % and 39.0 %')
-        add('V2a Control: accuracy on natural training images, NT minus AT', 'control',
-            interval(np.subtract, nt[:, 0, 1], at[:, 0, 1]), unit='points')
+        nt, at = (
+            np.array([common.unpack(results[f'train-{m}-s{s}']) for s in seeds], float) for m in METHODS
+        )  # (seeds, natural or attacked, loss or accuracy, ...)
+        add(
+            'V2a AT is harder: loss on training images, those of AT attacked, AT minus NT',
+            PAPER,
+            interval(np.subtract, at[:, 1, 0], nt[:, 0, 0]),
+            unit='nats',
+            reference='1.61 and 0.25',
+        )
+        add(
+            'V2a AT is harder: accuracy on training images, those of AT attacked, NT minus AT',
+            PAPER,
+            interval(np.subtract, nt[:, 0, 1], at[:, 1, 1]),
+            unit='points',
+            reference='88.7 % and 39.0 %',
+        )
+        add(
+            'V2a Control: accuracy on natural training images, NT minus AT',
+            'control',
+            interval(np.subtract, nt[:, 0, 1], at[:, 0, 1]),
+            unit='points',
+        )
     accuracy = [plane(results, m, 'clean', 'accuracy')[:, -1] for m in METHODS]
-    add('V2a AT is harder: accuracy on natural test images, NT minus AT', PAPER,
-        interval(np.subtract, *accuracy), unit='points', reference='82-83 % and 61-64 %')
+    add(
+        'V2a AT is harder: accuracy on natural test images, NT minus AT',
+        PAPER,
+        interval(np.subtract, *accuracy),
+        unit='points',
+        reference='82-83 % and 61-64 %',
+    )
 
 
 def extent_claims(results, claims, add, broken):
     """V2b to V2d: AT extracts less information, also apart from the scale of its logits."""
+
     def logits(method, kind, quantity):
         return plane(results, method, kind)[:, -1, -1, QUANTITIES.index(quantity)]
 
@@ -1270,86 +1469,115 @@ def extent_claims(results, claims, add, broken):
 
     nt, at = (logits(m, 'clean', 'x_lower') for m in METHODS)
     full = ' and '.join(NAMES[m] for m in METHODS if saturated(results, m, 'clean', -1))
-    add('V2b AT extracts less information from the image: logits, I(T;X) lower bound, natural '
-        'images, NT minus AT', PAPER, interval(np.subtract, nt, at),
+    add(
+        'V2b AT extracts less information from the image: logits, I(T;X) lower bound, natural images, NT minus AT',
+        PAPER,
+        interval(np.subtract, nt, at),
         why=f'{full} within {MARGIN} bit of the ceiling' if full else None,
         reference='+1.75: 12.12 and 10.37',
         detail=f'{nt[:, 0].mean():.2f} and {at[:, 0].mean():.2f}, ceiling '
-               f'{plane(results, "pgd", "clean", "ceiling")[0, -1]:.2f}')
+        f'{plane(results, "pgd", "clean", "ceiling")[0, -1]:.2f}',
+    )
     scale = {m: [results[f'scale-{m}-s{s}'] for s in results['config']['seeds']] for m in METHODS}
     unit = {m: plane(results, m, 'clean', 'unit')[:, -1] for m in METHODS}
-    add('V2c The same with logits scaled to unit RMS (if not, V2b is one of scale)', 'control',
-        interval(np.subtract, *(unit[m][:, 0] for m in METHODS)))
-    relative = [np.array([common.unpack(r['relative']) for r in scale[m]], float)
-                for m in METHODS]
-    add('V2c The same with noise in proportion to the variance of the logits', 'control',
-        interval(np.subtract, *relative))
+    add(
+        'V2c The same with logits scaled to unit RMS (if not, V2b is one of scale)',
+        'control',
+        interval(np.subtract, *(unit[m][:, 0] for m in METHODS)),
+    )
+    relative = [np.array([common.unpack(r['relative']) for r in scale[m]], float) for m in METHODS]
+    add(
+        'V2c The same with noise in proportion to the variance of the logits',
+        'control',
+        interval(np.subtract, *relative),
+    )
     curve = [np.array([common.unpack(r['logits']) for r in scale[m]], float) for m in METHODS]
     ceiling = min(plane(results, m, 'clean', 'ceiling')[0, -1] for m in METHODS)
-    open_ = [v for v in range(len(CURVE)) if all(c[:, v, 0].mean() < ceiling - MARGIN
-                                                 for c in curve)]
+    open_ = [v for v in range(len(CURVE)) if all(c[:, v, 0].mean() < ceiling - MARGIN for c in curve)]
     signs = {f'{CURVE[v]:.2g}': interval(np.subtract, *(c[:, v] for c in curve)) for v in open_}
     above = [v for v, s in signs.items() if s[1] > 0]
     below = [v for v, s in signs.items() if s[2] < 0]
-    claims.append(claim(
-        'V2c The same, at every variance of the noise from 0.0016 to 102 at which neither is at '
-        'the ceiling', 'control',
-        f"NT higher at {', '.join(above) or 'none'}; AT higher at {', '.join(below) or 'none'} "
-        f"of {', '.join(signs) or 'none'}",
-        'uninformative: collapsed or near chance' if broken else 'uninformative: all at the '
-        'ceiling' if not signs else 'contradicted' if below else 'supported'
-        if len(above) == len(signs) else 'inconclusive'))
+    claims.append(
+        claim(
+            'V2c The same, at every variance of the noise from 0.0016 to 102 at which neither is at the ceiling',
+            'control',
+            f"NT higher at {', '.join(above) or 'none'}; AT higher at {', '.join(below) or 'none'} "
+            f"of {', '.join(signs) or 'none'}",
+            'uninformative: collapsed or near chance'
+            if broken
+            else 'uninformative: all at the ceiling'
+            if not signs
+            else 'contradicted'
+            if below
+            else 'supported'
+            if len(above) == len(signs)
+            else 'inconclusive',
+        )
+    )
     pairs = (('standard', 'clean'), ('pgd', 'clean'), ('pgd', 'adv'))
     for text, i, j, value in (
-            ('AT holds less label information: logits, I(T;Y) lower bound, natural images, NT '
-             'minus AT', 0, 1, '+0.71: 3.31 and 2.60'),
-            ('and on adversarial images still less: AT natural minus AT adversarial', 1, 2,
-             '+0.31: 2.60 and 2.29')):
-        add(f'V2d {text}', PAPER, interval(np.subtract, logits(*pairs[i], 'y_lower'),
-                                           logits(*pairs[j], 'y_lower')), reference=value,
-            why=unlabelled(results, pairs[i], pairs[j]), detail=' and '.join(
+        (
+            'AT holds less label information: logits, I(T;Y) lower bound, natural images, NT minus AT',
+            0,
+            1,
+            '+0.71: 3.31 and 2.60',
+        ),
+        ('and on adversarial images still less: AT natural minus AT adversarial', 1, 2, '+0.31: 2.60 and 2.29'),
+    ):
+        add(
+            f'V2d {text}',
+            PAPER,
+            interval(np.subtract, logits(*pairs[i], 'y_lower'), logits(*pairs[j], 'y_lower')),
+            reference=value,
+            why=unlabelled(results, pairs[i], pairs[j]),
+            detail=' and '.join(
                 f'{logits(*p, "y_lower")[:, 0].mean():.2f} ({null(*p):.2f} with permuted labels)'
-                for p in (pairs[i], pairs[j])))
+                for p in (pairs[i], pairs[j])
+            ),
+        )
         unit = [plane(results, m, k, 'unit')[:, -1] for m, k in (pairs[i], pairs[j])]
-        add(f'V2d The same, {EXCESS}', 'control', interval(
-            np.subtract, *(u[:, 1] - u[:, 2] for u in unit)))
+        add(f'V2d The same, {EXCESS}', 'control', interval(np.subtract, *(u[:, 1] - u[:, 2] for u in unit)))
 
 
 def distortion_claims(results, add):
     """V3: NT leans on texture, AT on shape."""
+
     def area(values):
         return (values[1:] / values[0]).mean() if values[0] > 0 else math.nan
 
     for name, number, claimed, first in (
-            ('saturation', 'ac', 'AT resists saturation better', 'pgd'),
-            ('patches', 'bd', 'NT resists patch-shuffle better', 'standard')):
+        ('saturation', 'ac', 'AT resists saturation better', 'pgd'),
+        ('patches', 'bd', 'NT resists patch-shuffle better', 'standard'),
+    ):
         other = METHODS[first == 'standard']
         pair = [(m, 'clean') for m in (first, other)]
         for letter, what, text, unit in (
-                (number[0], 'accuracy', 'accuracy', 'points'),
-                (number[1], 'values', 'I(T;Y) of the logits, lower bound,', ''),
-                (number[1], 'unit', f'I(T;Y), {EXCESS},', '')):
+            (number[0], 'accuracy', 'accuracy', 'points'),
+            (number[1], 'values', 'I(T;Y) of the logits, lower bound,', ''),
+            (number[1], 'unit', f'I(T;Y), {EXCESS},', ''),
+        ):
             series = [distorted(results, m, 'clean', name, what) for m, _ in pair]
             if what == 'values':
                 series = [v[:, :, -1, QUANTITIES.index('y_lower')] for v in series]
             elif what == 'unit':
                 series = [v[:, :, 1] - v[:, :, 2] for v in series]
-            add(f'V3{letter} {claimed}: {text} relative to that without distortion, mean over '
+            add(
+                f'V3{letter} {claimed}: {text} relative to that without distortion, mean over '
                 f'levels, {NAMES[first]} minus {NAMES[other]}',
                 'control' if what == 'unit' else PAPER,
-                interval(lambda a, b: area(a) - area(b), *series), unit=unit,
-                why=unlabelled(results, *pair) if what == 'values' else None)
+                interval(lambda a, b: area(a) - area(b), *series),
+                unit=unit,
+                why=unlabelled(results, *pair) if what == 'values' else None,
+            )
 
 
 def fooled_claims(results, add):
     """V4 and V5: what adversarial images carry, for NT."""
-    runs, kept, default, fooled = [results[f'distortion-standard-s{s}']
-                                   for s in results['config']['seeds']], [], [], []
+    runs, kept, default, fooled = [results[f'distortion-standard-s{s}'] for s in results['config']['seeds']], [], [], []
     for run in runs:
         adv, clean = {}, {}
         for name, levels in results['levels'].items():
-            guesses = {kind: [common.unpack(run[name][str(v)][kind]['predicted'])
-                              for v in levels] for kind in KINDS}
+            guesses = {kind: [common.unpack(run[name][str(v)][kind]['predicted']) for v in levels] for kind in KINDS}
             wrong = guesses['adv'][0]
             adv[name] = np.mean([g == wrong for g in guesses['adv'][1:]], 0)
             clean[name] = np.mean([g == wrong for g in guesses['clean'][1:]], 0)
@@ -1361,48 +1589,72 @@ def fooled_claims(results, add):
     def mean(share, counts):
         return (share * counts).sum() / counts.sum() if counts.sum() else math.nan
 
-    add('V4 Adversarial images carry the texture of other classes: of those that fool NT, the '
+    add(
+        'V4 Adversarial images carry the texture of other classes: of those that fool NT, the '
         'share still taken for the wrong class after patch-shuffle minus after saturation',
-        PAPER, common.bootstrap(mean, np.array(kept), np.array(fooled)), unit='points',
-        involved=('standard',))
+        PAPER,
+        common.bootstrap(mean, np.array(kept), np.array(fooled)),
+        unit='points',
+        involved=('standard',),
+    )
     if not results['config']['as_published']:  # else clean and adv are different images
-        add('V4 Control: beyond the share of the same images, distorted alike but not attacked, '
-            'that are taken for that class', 'control', common.bootstrap(
-                mean, np.array(kept) - np.array(default), np.array(fooled)), unit='points',
-            involved=('standard',))
+        add(
+            'V4 Control: beyond the share of the same images, distorted alike but not attacked, '
+            'that are taken for that class',
+            'control',
+            common.bootstrap(mean, np.array(kept) - np.array(default), np.array(fooled)),
+            unit='points',
+            involved=('standard',),
+        )
 
     accuracy = interval(lambda a: a, plane(results, 'standard', 'adv', 'accuracy')[:, -1])
     limit = plane(results, 'standard', 'adv', 'label_entropy')[0, -1]
-    why = f'accuracy is {100 * accuracy[0]:.1f} %, above {100 * FOOLED:.0f} %' \
-        if accuracy[0] > FOOLED else None
+    why = f'accuracy is {100 * accuracy[0]:.1f} %, above {100 * FOOLED:.0f} %' if accuracy[0] > FOOLED else None
     upper = plane(results, 'standard', 'adv')[:, -1, -1, QUANTITIES.index('y_upper')]
     unit = plane(results, 'standard', 'adv', 'unit')[:, -1]
     null = plane(results, 'standard', 'adv', 'null')[:, -1, -1, 0].mean()
-    as_much = f'permuted labels keep {100 * null / limit:.0f} %, too' \
-        if null >= STAYS * limit else None
-    text = (f'V5 Information stays although the labels flip: on adversarial images, where NT has '
-            f'{100 * accuracy[0]:.1f} % accuracy, I(T;Y) of the logits, {{}}, is at least '
-            f'{100 * STAYS:.0f} % of H(Y)')
-    add(text.format('upper bound'), PAPER, interval(lambda a: a / limit, upper),
-        threshold=STAYS, unit='%', involved=('standard',), why=why or as_much,
-        reference='3.31 of 3.32 bits at 2 % accuracy')
-    add(text.format('lower bound, ' + EXCESS), 'control',
-        interval(lambda a: a / limit, unit[:, 1] - unit[:, 2]), threshold=STAYS, unit='%',
-        involved=('standard',), why=why)
+    as_much = f'permuted labels keep {100 * null / limit:.0f} %, too' if null >= STAYS * limit else None
+    text = (
+        f'V5 Information stays although the labels flip: on adversarial images, where NT has '
+        f'{100 * accuracy[0]:.1f} % accuracy, I(T;Y) of the logits, {{}}, is at least '
+        f'{100 * STAYS:.0f} % of H(Y)'
+    )
+    add(
+        text.format('upper bound'),
+        PAPER,
+        interval(lambda a: a / limit, upper),
+        threshold=STAYS,
+        unit='%',
+        involved=('standard',),
+        why=why or as_much,
+        reference='3.31 of 3.32 bits at 2 % accuracy',
+    )
+    add(
+        text.format('lower bound, ' + EXCESS),
+        'control',
+        interval(lambda a: a / limit, unit[:, 1] - unit[:, 2]),
+        threshold=STAYS,
+        unit='%',
+        involved=('standard',),
+        why=why,
+    )
 
 
 def geometry_claims(results, claims, add):
     """V6: the estimators describe the geometry of the outputs."""
-    worst = max(results[f'scale-{m}-s{s}']['cells'] for m in METHODS
-                for s in results['config']['seeds'])
-    claims.append(claim('V6 The binned I(T;X) is the entropy of repeated rows of cells, to 1e-9 '
-                        'bits', PAPER, f'differs by {worst:.1g} bits',
-                        'supported' if worst < 1e-9 else 'contradicted'))
+    worst = max(results[f'scale-{m}-s{s}']['cells'] for m in METHODS for s in results['config']['seeds'])
+    claims.append(
+        claim(
+            'V6 The binned I(T;X) is the entropy of repeated rows of cells, to 1e-9 bits',
+            PAPER,
+            f'differs by {worst:.1g} bits',
+            'supported' if worst < 1e-9 else 'contradicted',
+        )
+    )
     for quantity, geometry, text in (
-            ('x_lower', 'log_nearest', 'I(T;X), lower bound, follows the distance of the nearest '
-             'neighbour'),
-            ('y_lower', 'ratio', 'I(T;Y), lower bound, follows the ratio of distances between '
-             'and within classes')):
+        ('x_lower', 'log_nearest', 'I(T;X), lower bound, follows the distance of the nearest neighbour'),
+        ('y_lower', 'ratio', 'I(T;Y), lower bound, follows the ratio of distances between and within classes'),
+    ):
         q, values, where = QUANTITIES.index(quantity), [], []
         for method in METHODS:
             for kind in KINDS:
@@ -1412,38 +1664,55 @@ def geometry_claims(results, claims, add):
                 where.append(plane(results, method, kind, geometry).mean(0)[free])
         values, where = np.concatenate(values), np.concatenate(where)
         enough = len(values) >= 10
-        found = common.bootstrap(lambda a, b: common.rank_correlation(a[0], b[0]), values, where) \
-            if enough else (math.nan,) * 3
-        add(f'V6 {text}: rank correlation over the {len(values)} layers and epochs below the '
-            f'ceiling is at least {GEOMETRY} (interval: over them)', PAPER, found,
-            threshold=GEOMETRY, unit='', why=None if enough else 'fewer than ten')
+        found = (
+            common.bootstrap(lambda a, b: common.rank_correlation(a[0], b[0]), values, where)
+            if enough
+            else (math.nan,) * 3
+        )
+        add(
+            f'V6 {text}: rank correlation over the {len(values)} layers and epochs below the '
+            f'ceiling is at least {GEOMETRY} (interval: over them)',
+            PAPER,
+            found,
+            threshold=GEOMETRY,
+            unit='',
+            why=None if enough else 'fewer than ten',
+        )
 
 
 def saturation_claims(results, claims):
     """V7, V8 and the referee: what the estimates can say at all."""
     x, layers = QUANTITIES.index('x_lower'), results['layers'][:-1]
     gaps = {}
-    for text, method, epoch in (('initial', 'standard', 0), ('NT', 'standard', -1),
-                                ('AT', 'pgd', -1)):
+    for text, method, epoch in (('initial', 'standard', 0), ('NT', 'standard', -1), ('AT', 'pgd', -1)):
         values = plane(results, method, 'clean')[:, epoch, :-1, x, 0].mean(0)
         for i, gap in enumerate(plane(results, method, 'clean', 'ceiling')[0, epoch] - values):
             gaps[f'{short(layers[i])} {text}'] = gap
     free = [f'{name} {gap:.2f}' for name, gap in gaps.items() if gap > MARGIN]
-    claims.append(claim(
-        f'V7 Inner layers are saturated, untrained and trained: I(T;X), lower bound, is within '
-        f'{MARGIN} bit of the ceiling, so that their curves say nothing', 'control',
-        f'{len(gaps) - len(free)} of {len(gaps)} layers and networks are; bits below it: '
-        + (', '.join(free) or 'none'), 'contradicted' if free else 'supported'))
+    claims.append(
+        claim(
+            f'V7 Inner layers are saturated, untrained and trained: I(T;X), lower bound, is within '
+            f'{MARGIN} bit of the ceiling, so that their curves say nothing',
+            'control',
+            f'{len(gaps) - len(free)} of {len(gaps)} layers and networks are; bits below it: '
+            + (', '.join(free) or 'none'),
+            'contradicted' if free else 'supported',
+        )
+    )
     excess = {}
     for method in METHODS:
         for i, name in enumerate(results['layers']):
             y = plane(results, method, 'clean')[:, -1, i, QUANTITIES.index('y_lower'), 0].mean()
             null = plane(results, method, 'clean', 'null')[:, -1, i, 1].mean()
             excess[f'{NAMES[method]} {short(name)}'] = y - null
-    claims.append(claim(
-        f'V8 Every layer knows more of the labels than of permuted ones, by {MARGIN} bit',
-        'control', ', '.join(f'{k} {v:+.2f}' for k, v in excess.items()),
-        'supported' if min(excess.values()) > MARGIN else 'contradicted'))
+    claims.append(
+        claim(
+            f'V8 Every layer knows more of the labels than of permuted ones, by {MARGIN} bit',
+            'control',
+            ', '.join(f'{k} {v:+.2f}' for k, v in excess.items()),
+            'supported' if min(excess.values()) > MARGIN else 'contradicted',
+        )
+    )
     text, inside = [], True
     for method in METHODS:
         for run in (results[f'scale-{method}-s{s}'] for s in results['config']['seeds']):
@@ -1451,52 +1720,84 @@ def saturation_claims(results, claims):
             middle, error = run['referee'][0], 3 * run['referee_error'][0]
             inside &= lower - error <= middle <= upper + error
             text.append(f'{NAMES[method]} {lower:.2f} < {middle:.2f} < {upper:.2f}')
-    claims.append(claim(
-        'The Monte-Carlo referee lies between the bounds of I(T;X) of the logits', 'control',
-        '; '.join(text) + ' bits', 'supported' if inside else 'contradicted'))
+    claims.append(
+        claim(
+            'The Monte-Carlo referee lies between the bounds of I(T;X) of the logits',
+            'control',
+            '; '.join(text) + ' bits',
+            'supported' if inside else 'contradicted',
+        )
+    )
 
 
 # --------------------------------------------------------------------------------------------
 
+
 def print_table(results):
     """Every layer at the last measured epoch: value, ceiling and null side by side."""
     epoch = results['epochs'][-1]
-    common.log.info('\nAfter epoch %d, %d images, in bits. "certified": no two images are near '
-                    'enough to matter; null, excess: of the lower bound', epoch, results['samples'])
-    common.log.info('%-5s%-12s%-9s%8s  %21s%9s  %21s%8s%8s%8s  %15s', '', 'images', 'layer', 'D',
-                    'I(T;X) up / low / bin', 'ceiling', 'I(T;Y) up / low / bin', 'H(Y)', 'null',
-                    'excess', 'valid bracket')
+    common.log.info(
+        '\nAfter epoch %d, %d images, in bits. "certified": no two images are near '
+        'enough to matter; null, excess: of the lower bound',
+        epoch,
+        results['samples'],
+    )
+    common.log.info(
+        '%-5s%-12s%-9s%8s  %21s%9s  %21s%8s%8s%8s  %15s',
+        '',
+        'images',
+        'layer',
+        'D',
+        'I(T;X) up / low / bin',
+        'ceiling',
+        'I(T;Y) up / low / bin',
+        'H(Y)',
+        'null',
+        'excess',
+        'valid bracket',
+    )
     for method in METHODS:
         for kind, text in KINDS.items():
             run = results[f"plane-{method}-s{results['config']['seeds'][0]}-e{epoch}"][kind]
             values = common.unpack(run['values'])[..., 0]
             for i, name in enumerate(results['layers']):
                 layer, v = run['layers'][i], values[i]
-                flag = 'certified' if layer['certified'] else \
-                    'saturated' if v[1] >= run['ceiling'] - MARGIN else ''
+                flag = 'certified' if layer['certified'] else 'saturated' if v[1] >= run['ceiling'] - MARGIN else ''
                 common.log.info(
-                    '%-5s%-12s%-9s%8d  %6.2f %6.2f %6.2f %9.2f  %6.2f %6.2f %6.2f %8.2f%8.2f%8.2f'
-                    '  %6.2f - %6.2f  %s', NAMES[method], text, short(name),
-                    layer['dimensions'], *v[:3], run['ceiling'], *v[3:], run['label_entropy'],
-                    layer['null'][1], v[4] - layer['null'][1], *layer['bracket'], flag)
+                    '%-5s%-12s%-9s%8d  %6.2f %6.2f %6.2f %9.2f  %6.2f %6.2f %6.2f %8.2f%8.2f%8.2f  %6.2f - %6.2f  %s',
+                    NAMES[method],
+                    text,
+                    short(name),
+                    layer['dimensions'],
+                    *v[:3],
+                    run['ceiling'],
+                    *v[3:],
+                    run['label_entropy'],
+                    layer['null'][1],
+                    v[4] - layer['null'][1],
+                    *layer['bracket'],
+                    flag,
+                )
 
 
 def make_parser(published=False):
     """The flags; as published some have other defaults."""
-    defaults = {name: values | (PUBLISHED | dict(test_size=0) if published and name != '*' else
-                                {}) for name, values in DEFAULTS.items()}
+    defaults = {
+        name: values | (PUBLISHED | dict(test_size=0) if published and name != '*' else {})
+        for name, values in DEFAULTS.items()
+    }
     if published:
         defaults['shapes'] |= dict(test_size=3000)
     parser = common.make_parser(__doc__, defaults)
     add = parser.add_argument
-    add('--as-published', action='store_true', help="the authors' choices instead of ours, to "
-        'see what difference they make')
-    add('--measured', type=common.whole, metavar='N', help='epochs that are measured, at equal '
-        'ratios (20; 0: all)')
-    add('--variance', type=common.positive, default=VARIANCE, metavar='X',
-        help=f'of the noise ({VARIANCE})')
-    add('--bin-width', type=common.positive, default=BIN_WIDTH, metavar='X',
-        help=f'({BIN_WIDTH})')
+    add(
+        '--as-published',
+        action='store_true',
+        help="the authors' choices instead of ours, to see what difference they make",
+    )
+    add('--measured', type=common.whole, metavar='N', help='epochs that are measured, at equal ratios (20; 0: all)')
+    add('--variance', type=common.positive, default=VARIANCE, metavar='X', help=f'of the noise ({VARIANCE})')
+    add('--bin-width', type=common.positive, default=BIN_WIDTH, metavar='X', help=f'({BIN_WIDTH})')
     add('--test-steps', type=common.count, metavar='N', help='of PGD on the test images (7)')
     add('--test-step-size', type=common.positive, metavar='X', help='(eps / 4; mnist: 8/255)')
     return parser

@@ -21,6 +21,7 @@ Outputs    runs/shape_bias/<dataset>-<arch>/: results.json, metrics.csv, claims.
            fig11_ablation  fig12_concept_ablation  fig13_dimensions  fig14_reversed
            fig15_stimuli   (each .png and .pdf; those that the data allow)
 """
+
 import argparse
 import hashlib
 import io
@@ -42,60 +43,81 @@ from common import claim, effect_verdict, make_generator
 
 # ImageNet classes of Geirhos' sixteen categories (their code), as (first, last) or single.
 SIXTEEN = {
-    'airplane': [404], 'bear': [(294, 297)], 'bicycle': [444, 671],
-    'bird': [8, (10, 16), (18, 20), (22, 24), (80, 83), (87, 96), (98, 100), (127, 133),
-             (135, 145)],
-    'boat': [472, 554, 625, 814, 914], 'bottle': [440, 720, 737, 898, 899, 901, 907],
-    'car': [436, 511, 817], 'cat': [(281, 286)], 'chair': [423, 559, 765, 857],
+    'airplane': [404],
+    'bear': [(294, 297)],
+    'bicycle': [444, 671],
+    'bird': [8, (10, 16), (18, 20), (22, 24), (80, 83), (87, 96), (98, 100), (127, 133), (135, 145)],
+    'boat': [472, 554, 625, 814, 914],
+    'bottle': [440, 720, 737, 898, 899, 901, 907],
+    'car': [436, 511, 817],
+    'cat': [(281, 286)],
+    'chair': [423, 559, 765, 857],
     'clock': [409, 530, 892],
-    'dog': [(152, 191), (193, 203), (205, 226), (228, 241), (243, 250), (252, 257), 259,
-            (261, 263), (265, 268)],
-    'elephant': [385, 386], 'keyboard': [508, 878], 'knife': [499], 'oven': [766],
-    'truck': [555, 569, 656, 675, 717, 734, 864, 867]}
+    'dog': [(152, 191), (193, 203), (205, 226), (228, 241), (243, 250), (252, 257), 259, (261, 263), (265, 268)],
+    'elephant': [385, 386],
+    'keyboard': [508, 878],
+    'knife': [499],
+    'oven': [766],
+    'truck': [555, 569, 656, 675, 717, 734, 864, 867],
+}
 ALIASES = {'automobile': 'car', 'ship': 'boat'}  # CIFAR-10 and STL-10
 # From the authors' code.
-TV_NOISE = 0.08           # Gaussian, of the noisy images: ImageNet-C's severity 1
-OUTLIER = 0.2             # change of a channel's TV, of the layer's mean TV in S
+TV_NOISE = 0.08  # Gaussian, of the noisy images: ImageNet-C's severity 1
+OUTLIER = 0.2  # change of a channel's TV, of the layer's mean TV in S
 SCRAMBLE_2X2 = (2, 3, 1, 0)
-IOU = 0.04                # NetDissect's cut-off for a detector
-SATURATION = (4, 16, 64, 1024)             # Zhang & Zhu 2019
+IOU = 0.04  # NetDissect's cut-off for a detector
+SATURATION = (4, 16, 64, 1024)  # Zhang & Zhu 2019
 # Ours.
-TAUS = (0.005, 0.02, 0.05, 0.1, 0.2)       # shares of positions above a unit's threshold
-TAU = 0.05                # that of the claims: near the share a concept covers (NetDissect: 0.005)
-LIFT = 1.5                # of IoU over that with the labels of other images
+TAUS = (0.005, 0.02, 0.05, 0.1, 0.2)  # shares of positions above a unit's threshold
+TAU = 0.05  # that of the claims: near the share a concept covers (NetDissect: 0.005)
+LIFT = 1.5  # of IoU over that with the labels of other images
 SCRAMBLES = (2, 4, 8)
 CONFLICTS, PROBES, PAIRS = 900, 1000, 500  # images of `shapes` for each
-TOP = 50                  # images that excite a channel most
-PATCH = 11                # pixels, of the patches compared
+TOP = 50  # images that excite a channel most
+PATCH = 11  # pixels, of the patches compared
 BANDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # 1 is the Nyquist frequency
-HYBRID = 0.3              # band below which the hybrids show one image, above it the other
-CORRUPTIONS = {           # five severities each
-    'noise': (0.04, 0.08, 0.12, 0.18, 0.26),       # standard deviation
-    'blur': (0.5, 0.75, 1.0, 1.5, 2.0),            # of the Gaussian, in 1/32 of the image
-    'contrast': (0.75, 0.5, 0.35, 0.2, 0.1),       # factor, around the mean
-    'veil': (0.2, 0.35, 0.5, 0.65, 0.8),           # opacity of a smooth bright field, like fog
-    'pixelate': (0.5, 0.4, 0.3, 0.25, 0.2),        # factor of the resolution
-    'JPEG': (80, 50, 30, 15, 7)}                   # quality
+HYBRID = 0.3  # band below which the hybrids show one image, above it the other
+CORRUPTIONS = {  # five severities each
+    'noise': (0.04, 0.08, 0.12, 0.18, 0.26),  # standard deviation
+    'blur': (0.5, 0.75, 1.0, 1.5, 2.0),  # of the Gaussian, in 1/32 of the image
+    'contrast': (0.75, 0.5, 0.35, 0.2, 0.1),  # factor, around the mean
+    'veil': (0.2, 0.35, 0.5, 0.65, 0.8),  # opacity of a smooth bright field, like fog
+    'pixelate': (0.5, 0.4, 0.3, 0.25, 0.2),  # factor of the resolution
+    'JPEG': (80, 50, 30, 15, 7),
+}  # quality
 # The reversed control: faint outlines with strong textures, which agree with the class in
 # seven of ten images; chosen on S alone (docs/results.md has the tries).
 REVERSED = dict(version=1, distance=(0.06, 0.12), contrast=(0.1, 0.2), agreement=0.7)
-LADDER = (0.5,)           # of eps, where --ladder is not given
+LADDER = (0.5,)  # of eps, where --ladder is not given
 DEFAULTS = {'shapes': dict(test_size=1000)}
 
 # Thresholds of the claims. Fixed before any run: GATE, MARGIN, COVERAGE and the bands; the others
 # after the first runs and a review (docs/results.md).
-GATE = 3.0                # robust accuracy of R, as a multiple of that of S
-MARGIN = 0.20             # natural accuracy that R may lose
-COVERAGE = 0.5            # share of conflicts decided for either cue
-NO_SIGNAL = 0.05          # of chance: inputs this near to random ones
+GATE = 3.0  # robust accuracy of R, as a multiple of that of S
+MARGIN = 0.20  # natural accuracy that R may lose
+COVERAGE = 0.5  # share of conflicts decided for either cue
+NO_SIGNAL = 0.05  # of chance: inputs this near to random ones
 DECISIONS, UNITS = 50, 20  # fewer decisions, or channels that matter, say nothing
 # How much two trainings that differ in their seed alone differed at most (three of S, three of
 # R on shapes; docs/results.md); other data are taken to be alike. A smaller effect is
 # inconclusive; for means over n seeds, one smaller than 1 / sqrt(n) of it.
-RETRAINED = {'bias': 0.09, 'hybrids': 0.05, 'flat fill': 0.11, 'silhouettes': 0.15, 'edges': 0.49,
-             'accuracy': 0.11, 'TV': 0.08, 'energy': 0.03, 'rise': 0.03, 'outliers': 0.07,
-             'detectors': 0.06, 'leaning': 0.32, 'dimensions': 0.02,
-             'types': 0.05, 'number': 0.13}  # the last two as shares of chance or of S
+RETRAINED = {
+    'bias': 0.09,
+    'hybrids': 0.05,
+    'flat fill': 0.11,
+    'silhouettes': 0.15,
+    'edges': 0.49,
+    'accuracy': 0.11,
+    'TV': 0.08,
+    'energy': 0.03,
+    'rise': 0.03,
+    'outliers': 0.07,
+    'detectors': 0.06,
+    'leaning': 0.32,
+    'dimensions': 0.02,
+    'types': 0.05,
+    'number': 0.13,
+}  # the last two as shares of chance or of S
 TEXTURE_LESS = ('flat fill', 'silhouette', 'silhouette inverted')
 SINGLE = ('congruent', 'edges', 'silhouettes')  # stimuli with one cue or two that agree
 LOW, HIGH = ('0.1', '0.2', '0.3'), ('0.1', '0.2', '0.3')  # bands of the frequency claims
@@ -104,6 +126,7 @@ BENCHMARK = "independent: ResNet-50, Gavrikov's benchmark"
 
 
 # --------------------------------------------------------------------------------- the method
+
 
 def decide(logits, groups):
     """Geirhos' decision: the category of largest mean probability over its classes.
@@ -116,9 +139,10 @@ def decide(logits, groups):
 
 def imagenet_groups():
     """{category: class indices} of the sixteen categories."""
-    return {name: [i for part in parts for i in (
-        range(part[0], part[1] + 1) if isinstance(part, tuple) else (part,))]
-        for name, parts in SIXTEEN.items()}
+    return {
+        name: [i for part in parts for i in (range(part[0], part[1] + 1) if isinstance(part, tuple) else (part,))]
+        for name, parts in SIXTEEN.items()
+    }
 
 
 def category_groups(classes):
@@ -149,38 +173,65 @@ def pieces(model):
     that return maps (N, C, h, w), and last 'head', which returns logits."""
     m = model
     if isinstance(m, common.SmallCNN):
-        stages = [('stem', lambda x: m.stem(m.normalize(x))), ('stage1', m.stage1),
-                  ('stage2', m.stage2), ('stage3', m.stage3)]
+        stages = [
+            ('stem', lambda x: m.stem(m.normalize(x))),
+            ('stage1', m.stage1),
+            ('stage2', m.stage2),
+            ('stage3', m.stage3),
+        ]
         return stages + [('head', lambda a: m.fc(a.mean((2, 3))))]
     if isinstance(m, common.LeNet5):
+
         def dense(a):
             a = F.max_pool2d(a, 2).flatten(1)
             return m.fc3(F.relu(m.fc2(F.relu(m.fc1(a)))))
-        return [('conv1', lambda x: F.relu(m.conv1(m.normalize(x)))),
-                ('conv2', lambda a: F.relu(m.conv2(F.max_pool2d(a, 2)))), ('head', dense)]
+
+        return [
+            ('conv1', lambda x: F.relu(m.conv1(m.normalize(x)))),
+            ('conv2', lambda a: F.relu(m.conv2(F.max_pool2d(a, 2)))),
+            ('head', dense),
+        ]
     if isinstance(m, common.ResNet18):
+
         def first(x):
             x = m.normalize(x)
             return F.relu(common.conv_bn(x, m.conv1, m.bn1)) if m.bn1 else m.conv1(x)
 
         def last(a):
             return m.linear((F.relu(m.bn(a)) if m.bn else a).mean((2, 3)))
+
         names = [f'layer{i}' for i in range(1, 5)]
         return [('conv1', first), *((n, getattr(m, n)) for n in names), ('head', last)]
     if isinstance(m, common.WideResNet):
-        return [('conv1', lambda x: m.conv1(m.normalize(x))),
-                *((f'block{i}', getattr(m, f'block{i}')) for i in (1, 2, 3)),
-                ('head', lambda a: m.fc(F.avg_pool2d(m.relu(m.bn1(a)), 8).flatten(1)))]
+        return [
+            ('conv1', lambda x: m.conv1(m.normalize(x))),
+            *((f'block{i}', getattr(m, f'block{i}')) for i in (1, 2, 3)),
+            ('head', lambda a: m.fc(F.avg_pool2d(m.relu(m.bn1(a)), 8).flatten(1))),
+        ]
     inner = m.model  # torchvision's, behind Normalize
     if hasattr(inner, 'features'):  # AlexNet: after each ReLU of a convolution
         cuts = (0, 2, 5, 8, 10, 12)
-        stages = [(f'conv{i}', inner.features[a:b])
-                  for i, (a, b) in enumerate(zip(cuts, cuts[1:]), 1)]
+        stages = [(f'conv{i}', inner.features[a:b]) for i, (a, b) in enumerate(zip(cuts, cuts[1:]), 1)]
         head = nn.Sequential(inner.features[12:], inner.avgpool, nn.Flatten(), inner.classifier)
     elif hasattr(inner, 'inception3a'):
-        names = ('conv1', 'maxpool1', 'conv2', 'conv3', 'maxpool2', 'inception3a',
-                 'inception3b', 'maxpool3', 'inception4a', 'inception4b', 'inception4c',
-                 'inception4d', 'inception4e', 'maxpool4', 'inception5a', 'inception5b')
+        names = (
+            'conv1',
+            'maxpool1',
+            'conv2',
+            'conv3',
+            'maxpool2',
+            'inception3a',
+            'inception3b',
+            'maxpool3',
+            'inception4a',
+            'inception4b',
+            'inception4c',
+            'inception4d',
+            'inception4e',
+            'maxpool4',
+            'inception5a',
+            'inception5b',
+        )
         stages, pools = [], []
         for name in names:
             if 'maxpool' in name:
@@ -192,9 +243,11 @@ def pieces(model):
         stages[0] = ('conv1', lambda x: inner.conv1(transform(x)))
         head = nn.Sequential(inner.avgpool, nn.Flatten(), inner.fc)
     else:  # ResNet-50
-        stages = [('conv1', nn.Sequential(inner.conv1, inner.bn1, inner.relu)),
-                  ('layer1', nn.Sequential(inner.maxpool, inner.layer1)),
-                  *((f'layer{i}', getattr(inner, f'layer{i}')) for i in (2, 3, 4))]
+        stages = [
+            ('conv1', nn.Sequential(inner.conv1, inner.bn1, inner.relu)),
+            ('layer1', nn.Sequential(inner.maxpool, inner.layer1)),
+            *((f'layer{i}', getattr(inner, f'layer{i}')) for i in (2, 3, 4)),
+        ]
         head = nn.Sequential(inner.avgpool, nn.Flatten(), inner.fc)
     name, start = stages[0]
     return [(name, lambda x: start(m.normalize(x))), *stages[1:], ('head', head)]
@@ -209,6 +262,7 @@ def stage_maps(model, x, batch=250):
 
 
 # ----------------------------------------------------------------------------------- the views
+
 
 def derangement(k):
     """A fixed order of k x k patches in which none stays; for k = 2 the authors'."""
@@ -230,9 +284,10 @@ def outlines(x):
     """Black lines on white where the Sobel gradient of the blurred grey image is more than one
     standard deviation above its mean."""
     grey = blur(x.mean(1, keepdim=True), 1.0)
-    kernel = torch.tensor([[-1., 0, 1], [-2, 0, 2], [-1, 0, 1]], device=x.device)
-    gradient = F.conv2d(F.pad(grey, (1,) * 4, mode='replicate'),
-                        torch.stack((kernel, kernel.T))[:, None]).norm(dim=1, keepdim=True)
+    kernel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=x.device)
+    gradient = F.conv2d(F.pad(grey, (1,) * 4, mode='replicate'), torch.stack((kernel, kernel.T))[:, None]).norm(
+        dim=1, keepdim=True
+    )
     mean, std = (f(gradient, dim=(2, 3), keepdim=True) for f in (torch.mean, torch.std))
     return (gradient < mean + std).float().expand_as(x)
 
@@ -245,7 +300,7 @@ def blur(x, sigma):
     kernel = (kernel / kernel.sum()).to(x.dtype)
     c = x.shape[1]
     reach = min(reach, x.shape[-1] - 1)
-    kernel = kernel[len(kernel) // 2 - reach:len(kernel) // 2 + reach + 1]
+    kernel = kernel[len(kernel) // 2 - reach : len(kernel) // 2 + reach + 1]
     x = F.pad(x, (reach,) * 4, mode='reflect')
     x = F.conv2d(x, kernel.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
     return F.conv2d(x, kernel.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c)
@@ -335,9 +390,11 @@ def views(data, x):
     """Yield (group, name, images): every version of the test images x, in their order."""
     yield 'natural', 'natural', x
     if data.name == 'shapes':
+
         def drawn(variant):
             images, _ = common.make_shapes(len(x), 'test', x.shape[-1], variant)
             return common.to_float(images).to(x.device)
+
         yield 'texture-less', 'flat fill', drawn('outline_only')
         silhouette, edges = drawn('silhouette'), drawn('edges')
         yield 'texture-less', 'silhouette', silhouette
@@ -379,19 +436,22 @@ def read_stimuli(folder, categories, size, device):
         raise common.UserError(f"{folder} holds no stimulus of the network's classes")
     x = torch.stack([read_image(path, size) for path, _, _ in kept])
     shape, texture = (torch.tensor([k[i] for k in kept]) for i in (1, 2))
-    common.log.info('%s: %d of %d stimuli have shape and texture among %s', folder, len(kept),
-                    len(files), ', '.join(categories))
+    common.log.info(
+        '%s: %d of %d stimuli have shape and texture among %s', folder, len(kept), len(files), ', '.join(categories)
+    )
     return x.to(device), shape, texture
 
 
 def read_class_folder(folder, categories, size, device):
     """(x, category) of <category>/*.png; None where there is no such folder."""
-    kept = [(p, list(categories).index(p.parent.name)) for p in image_files(folder)
-            if p.parent.name in categories] if Path(folder).is_dir() else []
+    kept = (
+        [(p, list(categories).index(p.parent.name)) for p in image_files(folder) if p.parent.name in categories]
+        if Path(folder).is_dir()
+        else []
+    )
     if not kept:
         return None
-    return (torch.stack([read_image(p, size) for p, _ in kept]).to(device),
-            torch.tensor([c for _, c in kept]))
+    return (torch.stack([read_image(p, size) for p, _ in kept]).to(device), torch.tensor([c for _, c in kept]))
 
 
 def image_files(folder):
@@ -412,6 +472,7 @@ def read_image(path, size, channels=3):
 
 
 # ---------------------------------------------------------------- simplicity 1: smoother filters
+
 
 def total_variation(a):
     """Sum of |differences| of vertical and horizontal neighbours: (..., H, W) -> (...)."""
@@ -444,8 +505,7 @@ def smoothness(model):
         if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1:
             weight = m.weight.detach().float().cpu() if layers else first
             tv, high = filter_smoothness(weight)
-            layers.append(dict(name=name.removesuffix('.conv'), tv=common.pack(tv),
-                               high=common.pack(high)))
+            layers.append(dict(name=name.removesuffix('.conv'), tv=common.pack(tv), high=common.pack(high)))
     return dict(layers=layers, filters=common.pack(first.half()))
 
 
@@ -471,7 +531,7 @@ def colour_names(x):
     below 0.12."""
     r, g, b = x.unbind(-3)
     top, low = x.amax(-3), x.amin(-3)
-    hue = torch.atan2(3 ** 0.5 * (g - b), 2 * r - g - b)  # radians, red at 0
+    hue = torch.atan2(3**0.5 * (g - b), 2 * r - g - b)  # radians, red at 0
     sector = (hue / (math.pi / 3)).round().long() % 6
     return torch.where(top - low < 0.12, (top + low > 1).long(), sector + 2)
 
@@ -505,20 +565,22 @@ def make_probe(n, size, device):
     object_colour = colour_names(params['colour'][:, :, None, None])[:, 0, 0]
     labels = dict(outline=params['outline'], texture=params['texture'], colour=object_colour)
     labels['joint'] = (object_colour * 10 + params['texture']) * 10 + params['outline']
-    return dict(x=(drawn['image'] + noise).clamp(0, 1).to(device), labels=labels,
-                masks=torch.cat(masks, 1), null=torch.cat(null, 1), concepts=concepts)
+    return dict(
+        x=(drawn['image'] + noise).clamp(0, 1).to(device),
+        labels=labels,
+        masks=torch.cat(masks, 1),
+        null=torch.cat(null, 1),
+        concepts=concepts,
+    )
 
 
 def read_probe(folder, size, channels, device):
     """A probe from files: images/<name>.png and masks/<category>/<concept>/<name>.png, white
     where the concept is; a missing mask is empty."""
-    files = sorted(p for p in Path(folder, 'images').glob('*') if p.suffix in (
-        '.png', '.jpg', '.jpeg'))
-    concepts = sorted((p.parent.name, p.name) for p in Path(folder, 'masks').glob('*/*')
-                      if p.is_dir())
+    files = sorted(p for p in Path(folder, 'images').glob('*') if p.suffix in ('.png', '.jpg', '.jpeg'))
+    concepts = sorted((p.parent.name, p.name) for p in Path(folder, 'masks').glob('*/*') if p.is_dir())
     if not files or not concepts:
-        raise common.UserError(f'{folder} needs images/<name>.png and '
-                               'masks/<category>/<concept>/<name>.png')
+        raise common.UserError(f'{folder} needs images/<name>.png and masks/<category>/<concept>/<name>.png')
     masks = torch.zeros(len(files), len(concepts), size, size, dtype=torch.bool)
     for i, path in enumerate(files):
         for j, concept in enumerate(concepts):
@@ -528,8 +590,9 @@ def read_probe(folder, size, channels, device):
     x = torch.stack([read_image(p, size, channels) for p in files]).to(device)
     other = torch.randperm(len(files), generator=make_generator('other masks'))
     names = {'color': 'colour', 'object': 'outline'}  # Broden's
-    return dict(x=x, labels={}, masks=masks, null=masks[other],
-                concepts=[(names.get(c, c), name) for c, name in concepts])
+    return dict(
+        x=x, labels={}, masks=masks, null=masks[other], concepts=[(names.get(c, c), name) for c, name in concepts]
+    )
 
 
 def dissect(maps, masks, null, categories, taus=TAUS):
@@ -547,10 +610,10 @@ def dissect(maps, masks, null, categories, taus=TAUS):
     levels = torch.stack([v.sort()[0][at.to(v.device)] for v in values])  # (C, taus)
     groups = F.one_hot(torch.as_tensor(categories)).T.to(maps.device).float()  # (G, K)
     both, area = (maps.new_zeros(len(taus), 2, c, masks.shape[1]) for _ in range(2))
-    batch = max(1, 2 ** 26 // (c * masks[0, 0].numel()))  # a quarter of a GiB
+    batch = max(1, 2**26 // (c * masks[0, 0].numel()))  # a quarter of a GiB
     for i in range(0, n, batch):
-        a = F.interpolate(maps[i:i + batch], masks.shape[-2:], mode='bilinear').flatten(2)
-        pair = [m[i:i + batch].to(maps.device).flatten(2).float() for m in (masks, null)]
+        a = F.interpolate(maps[i : i + batch], masks.shape[-2:], mode='bilinear').flatten(2)
+        pair = [m[i : i + batch].to(maps.device).flatten(2).float() for m in (masks, null)]
         for t in range(len(taus)):
             on = (a > levels[:, t, None]).float()  # (n, C, pixels)
             for s, m in enumerate(pair):
@@ -576,6 +639,7 @@ def unit_labels(iou):
 
 
 # ------------------------------------------------------- simplicity 3: fewer types of inputs
+
 
 def effective_number(labels):
     """exp of the entropy of the labels of each row: (C, T) -> (C,)."""
@@ -610,7 +674,7 @@ def input_types(model, probe):
     top = min(TOP, len(x) // 2)
     generator = make_generator('patches')
     where = torch.randint(size, (2, min(len(x), 500)), generator=generator).to(x.device)
-    random = mean_distance(patches_at(smooth[:where.shape[1]], *where).flatten(1))
+    random = mean_distance(patches_at(smooth[: where.shape[1]], *where).flatten(1))
     stages = []
     for name, a in stage_maps(model, x):
         peak, at = a.flatten(2).max(2)  # (N, C)
@@ -624,19 +688,24 @@ def input_types(model, probe):
         distance = []
         for c in range(a.shape[1]):
             place = at[best[c], c]
-            rows, columns = ((v.float() + 0.5) * size / s for v, s in (
-                (place // w, h), (place % w, w)))
+            rows, columns = ((v.float() + 0.5) * size / s for v, s in ((place // w, h), (place % w, w)))
             found = patches_at(smooth[best[c]], rows.long(), columns.long())
             distance.append(mean_distance(found.flatten(1)) / random)
         row['patches'] = common.pack(torch.where(dead, math.nan, torch.stack(distance)))
         stages.append(row)
-    chance = {label: effective_number(torch.stack([values[torch.randperm(
-        len(x), generator=generator)[:top]] for _ in range(100)])).mean().item()
-        for label, values in labels.items()}
+    chance = {
+        label: effective_number(
+            torch.stack([values[torch.randperm(len(x), generator=generator)[:top]] for _ in range(100)])
+        )
+        .mean()
+        .item()
+        for label, values in labels.items()
+    }
     return dict(stages=stages, top=top, chance=chance | dict(patches=1.0))
 
 
 # -------------------------------------------------------------------------------- ablation
+
 
 def ablate_channels(model, x, groups, shape, texture, most, batch=250):
     """Zero each channel of each stage in turn, at most so many, evenly spaced. Per stage: the
@@ -645,8 +714,7 @@ def ablate_channels(model, x, groups, shape, texture, most, batch=250):
     parts, stages, a = pieces(model), [], x
     shape, texture = shape.to(x.device), texture.to(x.device)
     with common.frozen(model), torch.no_grad():
-        decided = decide(torch.cat([common.final_logits(model(b)) for b in x.split(batch)]),
-                         groups)
+        decided = decide(torch.cat([common.final_logits(model(b)) for b in x.split(batch)]), groups)
         for j, (name, function) in enumerate(parts[:-1]):
             a = torch.cat([function(b) for b in a.split(batch)])
             n = a.shape[1]
@@ -657,15 +725,13 @@ def ablate_channels(model, x, groups, shape, texture, most, batch=250):
                 for b in a.split(batch):
                     b = b.clone()
                     b[:, c] = 0
-                    for _, after in parts[j + 1:]:
+                    for _, after in parts[j + 1 :]:
                         b = after(b)
                     logits.append(b)
                 now = decide(torch.cat(logits), groups)
-                lost.append([((decided == cue) & (now != cue)).sum().item()
-                             for cue in (shape, texture)])
+                lost.append([((decided == cue) & (now != cue)).sum().item() for cue in (shape, texture)])
             stages.append(dict(name=name, channels=chosen.tolist(), lost=np.array(lost).T))
-    return dict(stages=stages, decided=[(decided == cue).sum().item()
-                                        for cue in (shape, texture)])
+    return dict(stages=stages, decided=[(decided == cue).sum().item() for cue in (shape, texture)])
 
 
 def accuracy_without(model, x, y, zeroed, batch=250):
@@ -689,12 +755,12 @@ def ablate_concepts(models, found, concepts, sets, y):
     {concepts, channels: numbers, arm: {set: mean over the concepts of [accuracy, without the
     units, without random ones]}}}; concepts that no stage has in both are left out.
     """
-    label = {arm: {stage: unit_labels(iou) for stage, iou in stages.items()}
-             for arm, stages in found.items()}
-    whole = {(arm, name): accuracy_without(models[arm], x, y, {})
-             for arm in models for name, x in sets.items()}
-    out = {c: dict(concepts=0, channels=0) | {arm: {n: [] for n in sets} for arm in models}
-           for c in dict.fromkeys(c for c, _ in concepts)}
+    label = {arm: {stage: unit_labels(iou) for stage, iou in stages.items()} for arm, stages in found.items()}
+    whole = {(arm, name): accuracy_without(models[arm], x, y, {}) for arm in models for name, x in sets.items()}
+    out = {
+        c: dict(concepts=0, channels=0) | {arm: {n: [] for n in sets} for arm in models}
+        for c in dict.fromkeys(c for c, _ in concepts)
+    }
     for k, (category, _) in enumerate(concepts):
         chosen = {arm: {} for arm in models}
         for stage in next(iter(found.values())):
@@ -711,21 +777,29 @@ def ablate_concepts(models, found, concepts, sets, y):
         for arm, model in models.items():
             for name, x in sets.items():
                 generator = make_generator('random channels', k)
-                random = [accuracy_without(model, x, y, {
-                    stage: torch.randperm(found[arm][stage].shape[1],
-                                          generator=generator)[:len(units)]
-                    for stage, units in chosen[arm].items()}) for _ in range(3)]
-                out[category][arm][name].append([
-                    whole[arm, name], accuracy_without(model, x, y, chosen[arm]),
-                    np.mean(random)])
+                random = [
+                    accuracy_without(
+                        model,
+                        x,
+                        y,
+                        {
+                            stage: torch.randperm(found[arm][stage].shape[1], generator=generator)[: len(units)]
+                            for stage, units in chosen[arm].items()
+                        },
+                    )
+                    for _ in range(3)
+                ]
+                out[category][arm][name].append(
+                    [whole[arm, name], accuracy_without(model, x, y, chosen[arm]), np.mean(random)]
+                )
     for row in out.values():
         for arm in models:
-            row[arm] = {name: np.mean(v, 0).tolist() if v else None
-                        for name, v in row[arm].items()}
+            row[arm] = {name: np.mean(v, 0).tolist() if v else None for name, v in row[arm].items()}
     return out
 
 
 # --------------------------------------------------------------------------- dimensionality
+
 
 def factor_pairs(n, size, factor, device):
     """Two sets of n images, pair by pair alike in `factor` ('outline' or 'texture') alone."""
@@ -734,8 +808,7 @@ def factor_pairs(n, size, factor, device):
     out = []
     for part, other in (('a', first), ('b', second)):
         generator = make_generator('pairs', common.SHAPES_VERSION, factor, part)
-        cues = dict(outline=shared, texture=other) if factor == 'outline' else \
-            dict(outline=other, texture=shared)
+        cues = dict(outline=shared, texture=other) if factor == 'outline' else dict(outline=other, texture=shared)
         params = common.shape_parameters(n, generator, **cues)
         image = common.render_shapes(params, size)['image']
         noise = common.SHAPES['noise'] * torch.randn(image.shape, generator=generator)
@@ -771,6 +844,7 @@ def dimensions(model, pairs):
 
 # ---------------------------------------------------------------------------- the experiment
 
+
 def draw_images(n, key, size, texture, reverse=False):
     """(x uint8, outline, texture) of `shapes` with outline 0, 1, ..., 9, 0, ... and the textures
     given (n,); reverse: faint outlines and strong textures (REVERSED)."""
@@ -784,8 +858,12 @@ def draw_images(n, key, size, texture, reverse=False):
         params['colour'] = (params['background'] + way).clamp(0.05, 0.95)
         low, high = REVERSED['contrast']
         params['contrast'] = low + (high - low) * torch.rand(n, generator=generator)
-    image = torch.cat([common.render_shapes({k: v[i:i + 1000] for k, v in params.items()},
-                                            size)['image'] for i in range(0, n, 1000)])
+    image = torch.cat(
+        [
+            common.render_shapes({k: v[i : i + 1000] for k, v in params.items()}, size)['image']
+            for i in range(0, n, 1000)
+        ]
+    )
     image = image + common.SHAPES['noise'] * torch.randn(image.shape, generator=generator)
     return (image.clamp(0, 1) * 255).round().byte(), params['outline'], params['texture']
 
@@ -805,11 +883,9 @@ def retextured(data, reverse):
     """`shapes` for other trainings; the label is always the outline. Without `reverse` textures
     are random; with it they are REVERSED."""
     n, m, size = len(data.train[1]), len(data.val[1]), data.shape[-1]
-    images = draw_images(n + m, 'reversed' if reverse else 'random', size,
-                         training_textures(n + m, reverse), reverse)
+    images = draw_images(n + m, 'reversed' if reverse else 'random', size, training_textures(n + m, reverse), reverse)
     x, y, _ = (v.to(data.val[1].device) for v in images)
-    return common.Data('shapes', data.classes, (x[:n], y[:n]), (x[n:], y[n:]), data.test,
-                       data.pad, data.flip)
+    return common.Data('shapes', data.classes, (x[:n], y[:n]), (x[n:], y[n:]), data.test, data.pad, data.flip)
 
 
 def build(arch, classes, shape, seed, stem=0):
@@ -819,16 +895,17 @@ def build(arch, classes, shape, seed, stem=0):
     if stem:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model.conv1 = nn.Conv2d(shape[0], model.conv1.out_channels, stem, 1, stem // 2,
-                                    bias=False)
+            model.conv1 = nn.Conv2d(shape[0], model.conv1.out_channels, stem, 1, stem // 2, bias=False)
     return model
 
 
 def arm_names(args):
     """{arm: (method, eps)} of the networks that are trained, weakest first, and the name of
     the main robust one."""
+
     def name(eps):
         return common.eps_text(dict(norm=args.norm, eps=eps))
+
     arms = {'untrained': (None, 0.0), 'standard': ('standard', 0.0)}
     arms |= {name(eps): ('pgd', eps) for eps in args.ladder}
     if args.dataset == 'shapes':
@@ -838,18 +915,17 @@ def arm_names(args):
 
 def at_eps(args, eps):
     """args for another eps, its step in proportion."""
-    return argparse.Namespace(**vars(args) | dict(eps=eps, step_size=args.step_size
-                                                  * (eps / args.eps)))
+    return argparse.Namespace(**vars(args) | dict(eps=eps, step_size=args.step_size * (eps / args.eps)))
 
 
 def train_arms(args, data, arms, seed, device, results, rows):
     """{arm: network}, trained or taken from runs/models, and for `shapes` the two of the
     reversed control."""
+
     def train(name, data, method, eps, extra):
         setting = at_eps(args, eps) if eps else args
         common.log.info('%s (seed %d)', name, seed)
-        trained = common.train_model(setting, data, method, seed, device, build=builder,
-                                     extra=extra or None)
+        trained = common.train_model(setting, data, method, seed, device, build=builder, extra=extra or None)
         results[f'collapsed-{name}-s{seed}'] = trained['collapsed']
         rows.extend(dict(arm=name) | h for h in trained['history'])
         return common.restore(trained, 'best', args, data, device, builder)
@@ -861,13 +937,17 @@ def train_arms(args, data, arms, seed, device, results, rows):
             models[name] = builder(args.arch, len(data.classes), data.shape, seed).to(device)
             continue
         other = name == 'random textures'
-        models[name] = train(name, retextured(data, False) if other else data, method, eps,
-                             extra | (dict(textures='random') if other else {}))
+        models[name] = train(
+            name,
+            retextured(data, False) if other else data,
+            method,
+            eps,
+            extra | (dict(textures='random') if other else {}),
+        )
     if data.name == 'shapes':
         other = retextured(data, True)
         for name, method, eps in (('standard', 'standard', 0), ('robust', 'pgd', args.eps)):
-            pair[name] = train(f'reversed {name}', other, method, eps,
-                               extra | dict(reversed=REVERSED))
+            pair[name] = train(f'reversed {name}', other, method, eps, extra | dict(reversed=REVERSED))
     return models, pair
 
 
@@ -876,12 +956,13 @@ def given_arms(args, classes, shape, device):
     if len(classes) != 1000 and 'IMAGENET1K_V1' in (args.weights, args.robust_weights):
         raise common.UserError(f'IMAGENET1K_V1 has 1000 classes, {args.dataset} {len(classes)}')
     models = {}
-    for seed, (name, weights) in enumerate((('standard', args.weights),
-                                            ('robust', args.robust_weights))):
+    for seed, (name, weights) in enumerate((('standard', args.weights), ('robust', args.robust_weights))):
         if weights:
-            models[name] = common.make_model(
-                args.arch, len(classes), shape, seed,
-                None if weights == 'random' else weights).to(device).eval()
+            models[name] = (
+                common.make_model(args.arch, len(classes), shape, seed, None if weights == 'random' else weights)
+                .to(device)
+                .eval()
+            )
     return models
 
 
@@ -899,9 +980,16 @@ def measure_views(args, data, models):
 
 def right_under_attack(args, model, x, y):
     """Which images are right under PGD-20 on the margin: (N,) bool."""
-    attack = partial(common.pgd, eps=args.eps, norm=args.norm, steps=20, step_size=args.eps / 4,
-                     loss='margin', drop_fooled=True,
-                     generator=make_generator('test', device=x.device))
+    attack = partial(
+        common.pgd,
+        eps=args.eps,
+        norm=args.norm,
+        steps=20,
+        step_size=args.eps / 4,
+        loss='margin',
+        drop_fooled=True,
+        generator=make_generator('test', device=x.device),
+    )
     return common.correct_under(model, x, y, attack)
 
 
@@ -912,8 +1000,7 @@ def conflict_sets(data, stimuli):
         x, y = common.to_float(data.test[0]), data.test[1]
         singles = [[k] for k in range(len(data.classes))]
         if data.name == 'shapes':
-            image, shape, texture = draw_images(CONFLICTS, 'conflict', x.shape[-1],
-                                                common.conflict_textures(CONFLICTS))
+            image, shape, texture = draw_images(CONFLICTS, 'conflict', x.shape[-1], common.conflict_textures(CONFLICTS))
             sets['shapes'] = common.to_float(image).to(x.device), shape, texture, singles
         other = partners(y)
         sets['phase'] = phase_of(x, x[other]), y, y[other], singles
@@ -936,8 +1023,7 @@ def measure_conflicts(models, sets, stimuli, classes):
                 category = torch.full((len(classes),), -1, dtype=torch.long)
                 for i, group in enumerate(groups):
                     category[group] = i
-                out[arm]['stimuli, all classes'] = common.pack(
-                    category[logits.argmax(1).cpu()].short())
+                out[arm]['stimuli, all classes'] = common.pack(category[logits.argmax(1).cpu()].short())
         for name in SINGLE:
             if stimuli and stimuli[name]:
                 x, y = stimuli[name]
@@ -957,10 +1043,14 @@ def measure_concepts(data, models, main, probe):
         for stage, maps in stage_maps(model, probe['x']):
             iou = dissect(maps, probe['masks'], probe['null'], ids, TAUS)
             found[arm][stage] = iou[TAUS.index(TAU)].cpu()
-            out[arm].append(dict(
-                name=stage, label=common.pack(unit_labels(iou).short()),
-                uncut=common.pack(iou[:, 0].argmax(-1).short()),
-                number=common.pack(detectors(iou)[..., named].sum(-1).short())))
+            out[arm].append(
+                dict(
+                    name=stage,
+                    label=common.pack(unit_labels(iou).short()),
+                    uncut=common.pack(iou[:, 0].argmax(-1).short()),
+                    number=common.pack(detectors(iou)[..., named].sum(-1).short()),
+                )
+            )
     ablation = None
     if data and 'standard' in models and main in models:
         some = evenly(len(data.test[1]), 250)
@@ -973,25 +1063,23 @@ def measure_concepts(data, models, main, probe):
             flat, _ = common.make_shapes(len(data.test[1]), 'test', x.shape[-1], 'outline_only')
             sets['flat fill'] = common.to_float(flat[some]).to(x.device)
         pair = {arm: models[arm] for arm in ('standard', main)}
-        ablation = ablate_concepts(pair, {arm: found[arm] for arm in pair},
-                                   probe['concepts'], sets, y)
+        ablation = ablate_concepts(pair, {arm: found[arm] for arm in pair}, probe['concepts'], sets, y)
     return dict(arms=out, ablation=ablation)
 
 
 def measure_reversed(pair, size, args, y_device):
     """Decisions of the two networks of the reversed control on its own conflicts, and accuracy
     on new images whose texture agrees with the outline."""
-    x, outline, texture = draw_images(CONFLICTS, 'reversed conflict', size,
-                                      common.conflict_textures(CONFLICTS), True)
+    x, outline, texture = draw_images(CONFLICTS, 'reversed conflict', size, common.conflict_textures(CONFLICTS), True)
     plain, y, _ = draw_images(PROBES // 2, 'reversed test', size, None, True)
     x, plain, y = (v.to(y_device) for v in (x, plain, y))
-    out = dict(outline=common.pack(outline.short()), texture=common.pack(texture.short()),
-               images=common.pack(x[:4]))
+    out = dict(outline=common.pack(outline.short()), texture=common.pack(texture.short()), images=common.pack(x[:4]))
     for name, model in pair.items():
         out[name] = dict(
             decisions=common.pack(common.logits_of(model, common.to_float(x)).argmax(1).short()),
             natural=common.correct_under(model, plain, y).float().mean().item(),
-            robust=right_under_attack(args, model, plain, y).float().mean().item())
+            robust=right_under_attack(args, model, plain, y).float().mean().item(),
+        )
     return out
 
 
@@ -1015,20 +1103,21 @@ def check(args):
     if args.weights and len(args.seeds) > 1:
         raise common.UserError('--weights gives one network: use one of --seeds')
     if args.stem and (args.weights or not args.arch.startswith(('resnet18', 'preact', 'wrn'))):
-        raise common.UserError('--stem goes with resnet18, preact-resnet18 and wrn-* trained '
-                               'here')
+        raise common.UserError('--stem goes with resnet18, preact-resnet18 and wrn-* trained here')
     if args.stem and args.stem % 2 == 0:
         raise common.UserError('--stem must be odd')
     if args.norm == 'linf' and args.ladder and max(args.ladder) >= 1:
-        raise common.UserError(f'--ladder {max(args.ladder):g} is outside (0, 1); did you mean '
-                               f'{max(args.ladder):g}/255?')
+        raise common.UserError(
+            f'--ladder {max(args.ladder):g} is outside (0, 1); did you mean {max(args.ladder):g}/255?'
+        )
     torchvisions = args.arch in ('alexnet', 'googlenet', 'resnet50')
     if not torchvisions and 'IMAGENET1K_V1' in (args.weights, args.robust_weights):
         raise common.UserError('IMAGENET1K_V1 goes with alexnet, googlenet and resnet50')
     imagenet = args.weights and args.dataset == 'shapes' and torchvisions
     if imagenet and not args.cue_conflict_dir:
-        raise common.UserError(f'--arch {args.arch} with --weights needs --cue-conflict-dir, or '
-                               'its images with --dataset folder:PATH')
+        raise common.UserError(
+            f'--arch {args.arch} with --weights needs --cue-conflict-dir, or its images with --dataset folder:PATH'
+        )
     return bool(imagenet)
 
 
@@ -1038,38 +1127,56 @@ def study(args):
     imagenet = check(args)
     args.channels = args.channels or (128 if not imagenet and args.image_size <= 64 else 16)
     args.ladder = sorted({*(args.ladder or [f * args.eps for f in LADDER]), args.eps})
-    paths = {k: getattr(args, k) for k in ('cue_conflict_dir', 'probe_dir', 'weights',
-                                           'robust_weights')}
+    paths = {k: getattr(args, k) for k in ('cue_conflict_dir', 'probe_dir', 'weights', 'robust_weights')}
     for key, path in paths.items():  # results do not depend on where files lie
         setattr(args, key, path and identity(path))
     if args.cue_conflict_dir:
-        args.cue_conflict_dir += ''.join('-' + identity(p).rsplit('-')[-1] for p in beside(
-            paths['cue_conflict_dir']).values() if p.is_dir())
+        args.cue_conflict_dir += ''.join(
+            '-' + identity(p).rsplit('-')[-1] for p in beside(paths['cue_conflict_dir']).values() if p.is_dir()
+        )
     folder, config = common.start_run('shape_bias', args)
     vars(args).update(paths)
     data, shape, classes = None, (3, args.image_size, args.image_size), range(1000)
     if imagenet:
         shape = (3, 224, 224)
     else:
-        data = common.load_data(args.dataset, args.data_root, trust=args.trust_data,
-                                train_size=args.train_size, test_size=args.test_size,
-                                image_size=args.image_size, pad=args.pad, device=device)
+        data = common.load_data(
+            args.dataset,
+            args.data_root,
+            trust=args.trust_data,
+            train_size=args.train_size,
+            test_size=args.test_size,
+            image_size=args.image_size,
+            pad=args.pad,
+            device=device,
+        )
         shape, classes = data.shape, data.classes
     results = common.load_results(folder, config, __file__, args.fresh)
     stimuli = load_stimuli(args.cue_conflict_dir, classes, shape, device)
     sets = conflict_sets(data, stimuli)
     probe = natural_probe(data, sets, device)
-    masked = read_probe(args.probe_dir, shape[-1], shape[0], device) if args.probe_dir else \
-        probe if 'masks' in probe else None
-    arms, main = arm_names(args) if not args.weights else \
-        (dict.fromkeys(['standard', 'robust'][:1 + bool(args.robust_weights)]), 'robust')
+    masked = (
+        read_probe(args.probe_dir, shape[-1], shape[0], device)
+        if args.probe_dir
+        else probe
+        if 'masks' in probe
+        else None
+    )
+    arms, main = (
+        arm_names(args)
+        if not args.weights
+        else (dict.fromkeys(['standard', 'robust'][: 1 + bool(args.robust_weights)]), 'robust')
+    )
     results |= dict(
-        arms=list(arms), robust=main, classes=list(classes), shape=shape,
-        eps={a: v[1] for a, v in arms.items() if v}, groups=list(
-            stimuli['conflict'][3]) if stimuli else [],
-        cues={n: dict(shape=common.pack(s[1].short()), texture=common.pack(s[2].short()))
-              for n, s in sets.items()},
-        concepts=masked['concepts'] if masked else [])
+        arms=list(arms),
+        robust=main,
+        classes=list(classes),
+        shape=shape,
+        eps={a: v[1] for a, v in arms.items() if v},
+        groups=list(stimuli['conflict'][3]) if stimuli else [],
+        cues={n: dict(shape=common.pack(s[1].short()), texture=common.pack(s[2].short())) for n, s in sets.items()},
+        concepts=masked['concepts'] if masked else [],
+    )
     rows, pair = [], {}
     for seed in args.seeds:
         if args.weights:
@@ -1087,21 +1194,24 @@ def study(args):
         measure('conflict', lambda: measure_conflicts(models, sets, stimuli, classes))
         measure('filters', lambda: {arm: smoothness(m) for arm, m in models.items()})
         some = evenly(len(probe['x']), 500).to(device)
-        measure('maps', lambda: {arm: map_variation(m, probe['x'][some])
-                                 for arm, m in models.items()})
+        measure('maps', lambda: {arm: map_variation(m, probe['x'][some]) for arm, m in models.items()})
         measure('inputs', lambda: {arm: input_types(m, probe) for arm, m in models.items()})
         if masked:
             measure('concepts', lambda: measure_concepts(data, models, main, masked))
         exact = sets.get('shapes') or sets.get('stimuli')
         if exact:
             x, first, second, groups = exact
-            measure('ablation', lambda: {arm: ablate_channels(m, x, groups, first, second,
-                                                               args.channels)
-                                         for arm, m in models.items() if arm != 'untrained'})
+            measure(
+                'ablation',
+                lambda: {
+                    arm: ablate_channels(m, x, groups, first, second, args.channels)
+                    for arm, m in models.items()
+                    if arm != 'untrained'
+                },
+            )
         if pair:
             pairs = {f: factor_pairs(PAIRS, shape[-1], f, device) for f in ('outline', 'texture')}
-            measure('dimensions', lambda: {arm: dimensions(m, pairs)
-                                           for arm, m in models.items()})
+            measure('dimensions', lambda: {arm: dimensions(m, pairs) for arm, m in models.items()})
             measure('reversed', lambda: measure_reversed(pair, shape[-1], args, device))
     common.measure(results, 'gallery', lambda: gallery(data, sets, stimuli), folder)
     return folder, common.finish(folder, results)
@@ -1123,17 +1233,16 @@ def load_stimuli(folder, classes, shape, device):
         raise common.UserError('--cue-conflict-dir needs a data set in colour')
     groups = category_groups(classes)
     if len(groups) < 2:
-        raise common.UserError('--cue-conflict-dir: fewer than two classes of the data set are '
-                               'among ' + ', '.join(SIXTEEN))
-    others = {name: read_class_folder(path, groups, shape[-1], device)
-              for name, path in beside(folder).items()}
+        raise common.UserError(
+            '--cue-conflict-dir: fewer than two classes of the data set are among ' + ', '.join(SIXTEEN)
+        )
+    others = {name: read_class_folder(path, groups, shape[-1], device) for name, path in beside(folder).items()}
     x, first, second = read_stimuli(folder, groups, shape[-1], device)
     conflict = first != second
     if not conflict.any():
         raise common.UserError(f'{folder} holds no stimulus whose shape and texture differ')
     agreeing = (x[~conflict], first[~conflict]) if not conflict.all() else None
-    return dict(conflict=(x[conflict], first[conflict], second[conflict], groups),
-                congruent=agreeing, **others)
+    return dict(conflict=(x[conflict], first[conflict], second[conflict], groups), congruent=agreeing, **others)
 
 
 def natural_probe(data, sets, device):
@@ -1150,19 +1259,19 @@ def natural_probe(data, sets, device):
 
 def gallery(data, sets, stimuli):
     """Two images in every view, and of every conflict set, for the figures."""
+
     def few(x):
         return common.pack((x[:2] * 255).round().byte().cpu())
+
     found = {}
     if data:
         x = common.to_float(data.test[0])
         for group, name, image in views(data, x):
-            if group in CORRUPTIONS and name != '3' or 'pass' in group and name != '0.3':
+            if (group in CORRUPTIONS and name != '3') or ('pass' in group and name != '0.3'):
                 continue
-            label = name if group not in CORRUPTIONS and 'pass' not in group else \
-                f'{group} {name}'
+            label = name if group not in CORRUPTIONS and 'pass' not in group else f'{group} {name}'
             found[label] = few(image)
-    titles = dict(shapes='cue conflict', phase='phase, amplitude', low='low + high',
-                  stimuli='stimuli')
+    titles = dict(shapes='cue conflict', phase='phase, amplitude', low='low + high', stimuli='stimuli')
     found |= {titles[name]: few(s[0]) for name, s in sets.items() if data or name == 'stimuli'}
     for name in SINGLE:
         if stimuli and stimuli[name]:
@@ -1172,6 +1281,7 @@ def gallery(data, sets, stimuli):
 
 # ---------------------------------------------------------------------------- reading results
 
+
 def runs(results, part, arm):
     """What a part measured on an arm, one entry per seed."""
     found = [results[f'{part}-s{s}'] for s in results['config']['seeds']]
@@ -1180,8 +1290,9 @@ def runs(results, part, arm):
 
 def seen(results, arm, *names):
     """(seeds, images): the share of the views 'group/name' on which the arm is right."""
-    return np.mean([np.stack([common.unpack(r[name]) for r in runs(results, 'views', arm)])
-                    for name in names], 0, dtype=float)
+    return np.mean(
+        [np.stack([common.unpack(r[name]) for r in runs(results, 'views', arm)]) for name in names], 0, dtype=float
+    )
 
 
 def kept(correct, natural, classes):
@@ -1194,8 +1305,7 @@ def kept(correct, natural, classes):
 
 def in_group(results, group):
     """The views of a group, 'group/name', in order."""
-    return [v for v in runs(results, 'views', results['arms'][0])[0]
-            if v.startswith(group + '/')]
+    return [v for v in runs(results, 'views', results['arms'][0])[0] if v.startswith(group + '/')]
 
 
 def decided(results, arm, name):
@@ -1210,8 +1320,10 @@ def decided(results, arm, name):
 def reversed_decided(results, name):
     """The same for a network of the reversed control."""
     found = [results[f'reversed-s{s}'] for s in results['config']['seeds']]
-    return by_cue(np.stack([common.unpack(run[name]['decisions']) for run in found]),
-                  *(common.unpack(found[0][cue]) for cue in ('outline', 'texture')))
+    return by_cue(
+        np.stack([common.unpack(run[name]['decisions']) for run in found]),
+        *(common.unpack(found[0][cue]) for cue in ('outline', 'texture')),
+    )
 
 
 def coverage(shape, texture):
@@ -1239,16 +1351,20 @@ def units(results, part, arm, key, stages=None):
 
 def stage_names(results, part='maps'):
     run = runs(results, part, 'standard')[0]
-    return [row['name'] for row in (run if isinstance(run, list) else
-                                    run.get('layers', run.get('stages')))]
+    return [row['name'] for row in (run if isinstance(run, list) else run.get('layers', run.get('stages')))]
 
 
 def labelled(results, arm, tau=TAU, key='label'):
     """(seeds, channels): the category each unit detects at a threshold, '' for none."""
     names = np.array([category for category, _ in results['concepts']] + [''])
-    return names[np.stack([np.concatenate([common.unpack(stage[key])[TAUS.index(tau)]
-                                           for stage in run])
-                           for run in runs(results, 'concepts', arm)])]
+    return names[
+        np.stack(
+            [
+                np.concatenate([common.unpack(stage[key])[TAUS.index(tau)] for stage in run])
+                for run in runs(results, 'concepts', arm)
+            ]
+        )
+    ]
 
 
 def scores(results, arm):
@@ -1265,8 +1381,9 @@ def leaning(results, arm, relative=False):
     texture decisions (relative: a larger share of them), 0 where fewer, nan where as many."""
     out = []
     for run in runs(results, 'ablation', arm):
-        shape, texture = np.concatenate([np.array(stage['lost']) for stage in run['stages']], 1) \
-            / (np.maximum(run['decided'], 1)[:, None] if relative else 1)
+        shape, texture = np.concatenate([np.array(stage['lost']) for stage in run['stages']], 1) / (
+            np.maximum(run['decided'], 1)[:, None] if relative else 1
+        )
         out.append(np.where(shape == texture, np.nan, shape > texture))
     return np.stack(out)
 
@@ -1284,14 +1401,14 @@ def conflict_name(results):
 
 # -------------------------------------------------------------------------------- the figures
 
+
 def colours(results):
     """{arm: colour}: grey, black, reds that darken with eps, green."""
-    robust = [a for a in results['arms'] if a not in ('untrained', 'standard',
-                                                      'random textures')]
-    reds = colormaps['OrRd'](np.linspace(0.45, 0.85, len(robust))) if len(robust) > 1 else \
-        [common.METHOD_COLOURS['pgd']]
-    return {'untrained': '0.65', 'standard': '#000000', 'random textures': '#009E73'} | dict(
-        zip(robust, reds))
+    robust = [a for a in results['arms'] if a not in ('untrained', 'standard', 'random textures')]
+    reds = (
+        colormaps['OrRd'](np.linspace(0.45, 0.85, len(robust))) if len(robust) > 1 else [common.METHOD_COLOURS['pgd']]
+    )
+    return {'untrained': '0.65', 'standard': '#000000', 'random textures': '#009E73'} | dict(zip(robust, reds))
 
 
 def first_seed(results):
@@ -1301,8 +1418,13 @@ def first_seed(results):
 
 def called(arm):
     """The arm in a legend."""
-    return f'robust, {arm}' if arm.startswith(('eps', 'l2')) else \
-        'trained on random textures' if arm == 'random textures' else arm
+    return (
+        f'robust, {arm}'
+        if arm.startswith(('eps', 'l2'))
+        else 'trained on random textures'
+        if arm == 'random textures'
+        else arm
+    )
 
 
 def draw(results, folder):
@@ -1360,10 +1482,10 @@ def points_with_intervals(axis, results, arms, interval, crosses=None, crossed='
     for i, arm in enumerate(arms):
         dot(axis, i, interval(arm), fmt='o', ms=6, color=colours(results)[arm])
         if crosses:
-            axis.plot(i, 100 * crosses[arm], 'x', ms=6, color=colours(results)[arm],
-                      label=crossed if i == 0 else None)
-    axis.set_xticks(range(len(arms)), [called(a).replace(' ', '\n', 2).replace(
-        'eps\n', 'eps ') for a in arms], fontsize=7)
+            axis.plot(i, 100 * crosses[arm], 'x', ms=6, color=colours(results)[arm], label=crossed if i == 0 else None)
+    axis.set_xticks(
+        range(len(arms)), [called(a).replace(' ', '\n', 2).replace('eps\n', 'eps ') for a in arms], fontsize=7
+    )
     axis.set(ylim=(-3, 103), xlim=(-0.5, len(arms) - 0.5))
 
 
@@ -1375,24 +1497,28 @@ def figure_bias(results, folder):
     for arm in results['arms']:
         s, t = decided(results, arm, name)
         rates = [100 * shape_bias(s[:, cues == k], t[:, cues == k]) for k in range(len(classes))]
-        axes[0, 0].plot(rates, range(len(classes)), 'o', ms=5, color=colours(results)[arm],
-                        label=called(arm))
+        axes[0, 0].plot(rates, range(len(classes)), 'o', ms=5, color=colours(results)[arm], label=called(arm))
         axes[0, 0].axvline(100 * shape_bias(s, t), color=colours(results)[arm], lw=1)
     axes[0, 0].set_yticks(range(len(classes)), classes)
-    axes[0, 0].set(xlim=(-3, 103), xlabel='shape bias: decided for the shape, of those decided\n'
-                   'for shape or texture (%); lines: all classes', ylabel='class of the shape')
+    axes[0, 0].set(
+        xlim=(-3, 103),
+        xlabel='shape bias: decided for the shape, of those decided\nfor shape or texture (%); lines: all classes',
+        ylabel='class of the shape',
+    )
     points_with_intervals(
-        axes[0, 1], results, results['arms'],
+        axes[0, 1],
+        results,
+        results['arms'],
         lambda arm: common.bootstrap(shape_bias, *decided(results, arm, name)),
         {arm: coverage(*decided(results, arm, name)) for arm in results['arms']},
-        'coverage: conflicts decided for either')
+        'coverage: conflicts decided for either',
+    )
     axes[0, 1].axhline(50, color='0.6', ls=':', lw=1)
     chance = 200 / len(classes)
     axes[0, 1].axhline(chance, color='0.6', ls='--', lw=1, label='coverage by chance')
     axes[0, 1].set(ylabel='shape bias with 95 % interval (%)')
     axes[0, 1].legend(loc='best', fontsize=7)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=5,
-               fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=5, fontsize=8)
     common.save_figure(fig, folder, 'fig2_shape_bias')
 
 
@@ -1406,28 +1532,27 @@ def figure_missing(results, folder):
             continue
         natural = seen(results, arm, 'natural/natural')
         values = [100 * kept(seen(results, arm, n), natural, classes) for n in names]
-        axis.plot(values, range(len(names)), 'o', ms=6, alpha=0.8, color=colours(results)[arm],
-                  label=called(arm))
+        axis.plot(values, range(len(names)), 'o', ms=6, alpha=0.8, color=colours(results)[arm], label=called(arm))
     axis.axvline(0, color='0.6', ls='--', lw=1, label='chance')
     axis.axhline(len(in_group(results, 'texture-less')) - 0.5, color='0.3', lw=0.8)
     axis.set_yticks(range(len(names)), [n.split('/')[1] for n in names])
     axis.invert_yaxis()
-    axis.set(xlim=(-8, 108), xlabel='accuracy above chance, of that on natural images (%)',
-             title='Above the line texture is missing, below it shape')
-    fig.legend(*axis.get_legend_handles_labels(), loc='outside lower center', ncols=2,
-               fontsize=8)
+    axis.set(
+        xlim=(-8, 108),
+        xlabel='accuracy above chance, of that on natural images (%)',
+        title='Above the line texture is missing, below it shape',
+    )
+    fig.legend(*axis.get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=8)
     common.save_figure(fig, folder, 'fig3_missing_cues')
 
 
 def figure_corruptions(results, folder):
     fig, axes = common.new_figure(2, 3, 7.6, 4.6, sharex=True, sharey=True)
-    for axis, (name, values) in zip(axes.ravel(), CORRUPTIONS.items()):
+    for axis, name in zip(axes.ravel(), CORRUPTIONS):
         for arm in results['arms']:
             if arm != 'untrained':
-                y = [100 * seen(results, arm, v).mean()
-                     for v in ['natural/natural', *in_group(results, name)]]
-                axis.plot(range(6), y, marker='o', ms=3.5, color=colours(results)[arm],
-                          label=called(arm))
+                y = [100 * seen(results, arm, v).mean() for v in ['natural/natural', *in_group(results, name)]]
+                axis.plot(range(6), y, marker='o', ms=3.5, color=colours(results)[arm], label=called(arm))
         axis.axhline(100 / len(results['classes']), color='0.6', ls='--', lw=1, label='chance')
         axis.set(title=name, ylim=(-3, 103))
     for axis in axes[1]:
@@ -1435,47 +1560,46 @@ def figure_corruptions(results, folder):
         axis.set_xlabel('severity')
     for axis in axes[:, 0]:
         axis.set_ylabel('accuracy (%)')
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
-               fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
     common.save_figure(fig, folder, 'fig4_corruptions')
 
 
 def figure_frequency(results, folder):
     fig, axes = common.new_figure(1, 3, 9.6, 3.6)
     arms = [a for a in results['arms'] if a != 'untrained']
-    for axis, group, text in ((axes[0, 0], 'low-pass', 'up to'),
-                              (axes[0, 1], 'high-pass', 'from')):
+    for axis, group, text in ((axes[0, 0], 'low-pass', 'up to'), (axes[0, 1], 'high-pass', 'from')):
         for arm in arms:
             natural = seen(results, arm, 'natural/natural')
-            y = [100 * kept(seen(results, arm, v), natural, len(results['classes']))
-                 for v in in_group(results, group)]
-            axis.plot(BANDS, y, marker='o', ms=3.5, color=colours(results)[arm],
-                      label=called(arm))
+            y = [100 * kept(seen(results, arm, v), natural, len(results['classes'])) for v in in_group(results, group)]
+            axis.plot(BANDS, y, marker='o', ms=3.5, color=colours(results)[arm], label=called(arm))
         axis.axhline(0, color='0.6', ls='--', lw=1, label='chance')
-        axis.set(title=f'{group}: frequencies {text} ...', ylim=(-8, 108),
-                 xlabel='share of the Nyquist frequency')
+        axis.set(title=f'{group}: frequencies {text} ...', ylim=(-8, 108), xlabel='share of the Nyquist frequency')
     axes[0, 0].set_ylabel('accuracy above chance, of\nthat on natural images (%)')
-    for i, (name, marker, text) in enumerate((
-            ('phase', 'o', 'phase (not amplitude)'),
-            ('low', 's', f'below {HYBRID} (not above)'))):
+    for i, (name, marker, text) in enumerate(
+        (('phase', 'o', 'phase (not amplitude)'), ('low', 's', f'below {HYBRID} (not above)'))
+    ):
         for j, arm in enumerate(arms):
             s, t = decided(results, arm, name)
-            dot(axes[0, 2], j + 0.24 * i - 0.12, common.bootstrap(shape_bias, s, t), fmt=marker,
-                color=colours(results)[arm], ms=5, label=text if j == 0 else None)
+            dot(
+                axes[0, 2],
+                j + 0.24 * i - 0.12,
+                common.bootstrap(shape_bias, s, t),
+                fmt=marker,
+                color=colours(results)[arm],
+                ms=5,
+                label=text if j == 0 else None,
+            )
     axes[0, 2].set_xticks([])
     axes[0, 2].axhline(50, color='0.6', ls=':', lw=1)
-    axes[0, 2].set(title='hybrids: decided for ...', ylim=(-3, 103),
-                   ylabel='of those decided for either (%)')
+    axes[0, 2].set(title='hybrids: decided for ...', ylim=(-3, 103), ylabel='of those decided for either (%)')
     axes[0, 2].legend(fontsize=7)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
-               fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
     common.save_figure(fig, folder, 'fig5_frequency')
 
 
 def figure_filters(results, folder):
     arms = [a for a in results['arms'] if a in ('untrained', 'standard', results['robust'])]
-    filters = {a: common.unpack(runs(results, 'filters', a)[0]['filters']).astype(float)
-               for a in arms}
+    filters = {a: common.unpack(runs(results, 'filters', a)[0]['filters']).astype(float) for a in arms}
     strongest = np.argsort(-np.abs(filters[arms[-1]]).sum((1, 2, 3)))[:16]
     fig, axes = common.new_figure(len(arms), len(strongest), 9.4, 0.75 * len(arms) + 0.4)
     for row, arm in zip(axes, arms):
@@ -1483,57 +1607,56 @@ def figure_filters(results, folder):
             w = filters[arm][c]
             w = w[:3] if len(w) >= 3 else w[:1]
             common.show_image(axis, 0.5 + 0.5 * w / max(np.abs(w).max(), 1e-9))
-        row[0].set_ylabel(called(arm).replace(', ', ',\n'), rotation=0, ha='right',
-                          va='center')
-    fig.suptitle('First convolution: the 16 filters of largest weights in '
-                 f'{called(arms[-1])}, and the same channels before; each scaled to '
-                 'its own range, grey is 0' + first_seed(results), fontsize=8)
+        row[0].set_ylabel(called(arm).replace(', ', ',\n'), rotation=0, ha='right', va='center')
+    fig.suptitle(
+        'First convolution: the 16 filters of largest weights in '
+        f'{called(arms[-1])}, and the same channels before; each scaled to '
+        'its own range, grey is 0' + first_seed(results),
+        fontsize=8,
+    )
     common.save_figure(fig, folder, 'fig6_filters')
 
 
 def figure_smoothness(results, folder):
     fig, axes = common.new_figure(1, 3, 9.6, 3.4)
     layers = stage_names(results, 'filters')
-    for axis, key, text in ((axes[0, 0], 'tv', 'total variation / L1 norm'),
-                            (axes[0, 1], 'high', 'energy above 1/4 cycle per pixel (%)')):
+    for axis, key, text in (
+        (axes[0, 0], 'tv', 'total variation / L1 norm'),
+        (axes[0, 1], 'high', 'energy above 1/4 cycle per pixel (%)'),
+    ):
         for i, arm in enumerate(results['arms']):
             v = units(results, 'filters', arm, key, [0])[0] * (100 if key == 'high' else 1)
             jitter = np.random.default_rng(0).uniform(-0.2, 0.2, len(v))
             axis.plot(i + jitter, v, '.', color=colours(results)[arm], ms=4, alpha=0.6)
-            axis.plot([i - 0.3, i + 0.3], [mean(v)] * 2, color=colours(results)[arm],
-                      label=called(arm))
+            axis.plot([i - 0.3, i + 0.3], [mean(v)] * 2, color=colours(results)[arm], label=called(arm))
         axis.set(title='first layer, every filter' + first_seed(results), ylabel=text, xticks=[])
     for arm in results['arms']:
-        means = [mean(units(results, 'filters', arm, 'tv', [i]))
-                 for i in range(len(layers))]
-        axes[0, 2].plot(range(len(layers)), means, marker='o', ms=3.5,
-                        color=colours(results)[arm])
-    axes[0, 2].set(title='every layer, mean over filters', ylabel='total variation / L1 norm',
-                   xlabel='convolution')
-    axes[0, 2].set_xticks(range(len(layers)), layers if len(layers) < 7 else
-                          range(1, len(layers) + 1), fontsize=7 if len(layers) < 7 else 6)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
-               fontsize=8)
+        means = [mean(units(results, 'filters', arm, 'tv', [i])) for i in range(len(layers))]
+        axes[0, 2].plot(range(len(layers)), means, marker='o', ms=3.5, color=colours(results)[arm])
+    axes[0, 2].set(title='every layer, mean over filters', ylabel='total variation / L1 norm', xlabel='convolution')
+    axes[0, 2].set_xticks(
+        range(len(layers)),
+        layers if len(layers) < 7 else range(1, len(layers) + 1),
+        fontsize=7 if len(layers) < 7 else 6,
+    )
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
     common.save_figure(fig, folder, 'fig7_smoothness')
 
 
 def figure_noise(results, folder):
     stages = stage_names(results)
-    shown = list(range(len(stages)))[:5] if len(stages) < 6 else \
-        np.linspace(0, len(stages) - 1, 5).round().astype(int)
+    shown = list(range(len(stages)))[:5] if len(stages) < 6 else np.linspace(0, len(stages) - 1, 5).round().astype(int)
     fig, axes = common.new_figure(1, len(shown), 2.3 * len(shown), 2.9)
     for axis, i in zip(axes[0], shown):
         for arm in (a for a in results['arms'] if a in ('standard', results['robust'])):
             clean, noisy = common.unpack(runs(results, 'maps', arm)[0][i]['channel'])
-            axis.plot(clean, noisy, '.', ms=5, alpha=0.6, color=colours(results)[arm],
-                      label=called(arm))
+            axis.plot(clean, noisy, '.', ms=5, alpha=0.6, color=colours(results)[arm], label=called(arm))
         high = axis.get_xlim()[1]
         axis.plot([0, high], [0, high], color='0.5', lw=1, label='noise changes nothing')
         axis.set(title=stages[i], xlabel='natural images')
     axes[0, 0].set_ylabel(f'with noise of {TV_NOISE}')
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
-    fig.suptitle('Total variation of the activation maps, each dot a channel'
-                 + first_seed(results))
+    fig.suptitle('Total variation of the activation maps, each dot a channel' + first_seed(results))
     common.save_figure(fig, folder, 'fig8_noise')
 
 
@@ -1543,22 +1666,28 @@ def figure_dissection(results, folder):
     width = 0.8 / len(results['arms'])
     for i, arm in enumerate(results['arms']):
         label = labelled(results, arm)
-        axes[0, 0].bar(np.arange(len(categories)) + i * width - 0.4,
-                       [100 * (label == c).mean() for c in categories], width, align='edge',
-                       color=colours(results)[arm], label=called(arm))
+        axes[0, 0].bar(
+            np.arange(len(categories)) + i * width - 0.4,
+            [100 * (label == c).mean() for c in categories],
+            width,
+            align='edge',
+            color=colours(results)[arm],
+            label=called(arm),
+        )
         for axis, category in zip(axes[0, 1:], categories):
-            axis.semilogx(TAUS, [100 * (labelled(results, arm, t) == category).mean()
-                                 for t in TAUS], marker='o', ms=3.5,
-                          color=colours(results)[arm])
+            axis.semilogx(
+                TAUS,
+                [100 * (labelled(results, arm, t) == category).mean() for t in TAUS],
+                marker='o',
+                ms=3.5,
+                color=colours(results)[arm],
+            )
             axis.set(title=category, xlabel='share of positions above\nthe threshold')
             axis.axvline(TAU, color='0.6', ls=':', lw=1)
     axes[0, 0].set_xticks(range(len(categories)), categories)
-    axes[0, 0].set(ylabel='units whose best concept it is (%)',
-                   title=f'at {TAU}')
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
-               fontsize=8)
-    fig.suptitle(f'Detectors: IoU above {IOU} and {LIFT} times that with labels of other '
-                 'images')
+    axes[0, 0].set(ylabel='units whose best concept it is (%)', title=f'at {TAU}')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
+    fig.suptitle(f'Detectors: IoU above {IOU} and {LIFT} times that with labels of other images')
     common.save_figure(fig, folder, 'fig9_dissection')
 
 
@@ -1570,37 +1699,50 @@ def figure_inputs(results, folder):
     for axis, name in zip(axes[0], names):
         for arm in results['arms']:
             means = [mean(units(results, 'inputs', arm, name, [i])) for i in range(len(stages))]
-            axis.plot(range(len(stages)), means, marker='o', ms=3.5,
-                      color=colours(results)[arm], label=called(arm))
+            axis.plot(range(len(stages)), means, marker='o', ms=3.5, color=colours(results)[arm], label=called(arm))
         axis.axhline(chance[name], color='0.6', ls='--', lw=1, label='random images')
-        axis.set(title={'patches': 'distance of patches', 'joint': 'all three'}.get(
-            name, 'number of classes' if name == 'class' else f'number of {name}s'),
-            xlabel='stage')
+        axis.set(
+            title={'patches': 'distance of patches', 'joint': 'all three'}.get(
+                name, 'number of classes' if name == 'class' else f'number of {name}s'
+            ),
+            xlabel='stage',
+        )
         axis.set_xticks(range(len(stages)), range(1, len(stages) + 1))
     axes[0, 0].set_ylabel('mean over channels')
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
-               fontsize=8)
-    fig.suptitle(f'How mixed are the {top} images that excite a channel most?\n'
-                 '(effective numbers; distances relative to random patches)', fontsize=9)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
+    fig.suptitle(
+        f'How mixed are the {top} images that excite a channel most?\n'
+        '(effective numbers; distances relative to random patches)',
+        fontsize=9,
+    )
     common.save_figure(fig, folder, 'fig10_inputs')
 
 
 def figure_ablation(results, folder):
     arms = [a for a in results['arms'] if a in ('standard', results['robust'])]
-    fig, axes = common.new_figure(1, len(arms), 3.6 * len(arms) + 1, 3.5, sharex=True,
-                                  sharey=True)
+    fig, axes = common.new_figure(1, len(arms), 3.6 * len(arms) + 1, 3.5, sharex=True, sharey=True)
     stages = stage_names(results, 'ablation')
     for axis, arm in zip(axes[0], arms):
         (shape, texture), stage = scores(results, arm)
         for i, name in enumerate(stages):
-            axis.plot(100 * texture[stage == i], 100 * shape[stage == i], 'o', ms=4, alpha=0.6,
-                      color=colormaps['viridis'](i / max(len(stages) - 1, 1)), label=name)
+            axis.plot(
+                100 * texture[stage == i],
+                100 * shape[stage == i],
+                'o',
+                ms=4,
+                alpha=0.6,
+                color=colormaps['viridis'](i / max(len(stages) - 1, 1)),
+                label=name,
+            )
         top = max(axis.get_xlim()[1], axis.get_ylim()[1])
         axis.plot([0, top], [0, top], color='0.5', lw=1)
         lean = leaning(results, arm, relative=True)[0]
         lean = lean[np.isfinite(lean)]
-        text = f'{100 * lean.mean():.0f} % of the channels\nthat matter are above the line' \
-            if len(lean) else 'no channel matters alone'
+        text = (
+            f'{100 * lean.mean():.0f} % of the channels\nthat matter are above the line'
+            if len(lean)
+            else 'no channel matters alone'
+        )
         axis.set(title=f'{called(arm)}: {text}', xlabel='texture decisions lost (%)')
     axes[0, 0].set_ylabel('shape decisions lost (%)')
     fig.suptitle('Each dot: one channel set to zero' + first_seed(results))
@@ -1624,18 +1766,22 @@ def figure_concept_ablation(results, folder):
         for i, arm in enumerate(arms):
             base, without, random = 100 * np.array([found[c][arm][name] for c in categories]).T
             at = np.arange(len(categories)) + 0.4 * i - 0.38
-            axis.bar(at, base - without, 0.36, align='edge', color=colours(results)[arm],
-                     label=called(arm))
-            axis.hlines(base - random, at, at + 0.36, color='#56B4E9', lw=2.5,
-                        label='as many random channels' if i else None)
-        axis.set_xticks(range(len(categories)), [
-            f"{c}\n{found[c]['concepts']}, {found[c]['channels']}" for c in categories],
-            fontsize=7)
+            axis.bar(at, base - without, 0.36, align='edge', color=colours(results)[arm], label=called(arm))
+            axis.hlines(
+                base - random, at, at + 0.36, color='#56B4E9', lw=2.5, label='as many random channels' if i else None
+            )
+        axis.set_xticks(
+            range(len(categories)),
+            [f"{c}\n{found[c]['concepts']}, {found[c]['channels']}" for c in categories],
+            fontsize=7,
+        )
         axis.set(title=name, xlabel='concepts, units')
     axes[0, 0].set_ylabel('accuracy lost (points)')
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
-    fig.suptitle('Without the units of one concept (as many in both networks), mean over the '
-                 'concepts of a category' + first_seed(results))
+    fig.suptitle(
+        'Without the units of one concept (as many in both networks), mean over the '
+        'concepts of a category' + first_seed(results)
+    )
     common.save_figure(fig, folder, 'fig12_concept_ablation')
 
 
@@ -1648,34 +1794,37 @@ def rho(terms):
 def figure_dimensions(results, folder):
     fig, axes = common.new_figure(1, 2, 7.4, 3.3, sharey=True)
     for arm in results['arms']:
-        shares = np.mean([[dimension_shares(*(rho(common.unpack(stage[f]))
-                                              for f in ('outline', 'texture')))
-                           for stage in run] for run in runs(results, 'dimensions', arm)], 0)
+        shares = np.mean(
+            [
+                [dimension_shares(*(rho(common.unpack(stage[f])) for f in ('outline', 'texture'))) for stage in run]
+                for run in runs(results, 'dimensions', arm)
+            ],
+            0,
+        )
         for axis, values in zip(axes[0], shares.T):
-            axis.plot(range(len(shares)), 100 * values, marker='o', ms=3.5,
-                      color=colours(results)[arm], label=called(arm))
+            axis.plot(
+                range(len(shares)), 100 * values, marker='o', ms=3.5, color=colours(results)[arm], label=called(arm)
+            )
     for axis, name in zip(axes[0], ('outline', 'texture')):
         axis.axhline(100 / (2 + math.e), color='0.6', ls='--', lw=1, label='nothing encoded')
         axis.set(title=f'dimensions for {name}', xlabel='stage')
         axis.set_xticks(range(len(shares)), stage_names(results, 'dimensions'))
     axes[0, 0].set_ylabel('share of the dimensions (%)')
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
-               fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
     common.save_figure(fig, folder, 'fig13_dimensions')
 
 
 def figure_reversed(results, folder):
     run = results[f"reversed-s{results['config']['seeds'][0]}"]
     fig, axes = common.new_figure(1, 6, 9.6, 2.6, width_ratios=(1, 1, 1, 1, 2.2, 2.2))
-    for axis, image, outline, texture in zip(axes[0], common.unpack(run['images']), *(
-            common.unpack(run[c]) for c in ('outline', 'texture'))):
-        common.show_image(axis, image / 255, f'{results["classes"][outline]},\n'
-                          f'{common.TEXTURES[texture]}')
+    for axis, image, outline, texture in zip(
+        axes[0], common.unpack(run['images']), *(common.unpack(run[c]) for c in ('outline', 'texture'))
+    ):
+        common.show_image(axis, image / 255, f'{results["classes"][outline]},\n{common.TEXTURES[texture]}')
         axis.title.set_fontsize(7)
     usual = [decided(results, a, 'shapes') for a in ('standard', results['robust'])]
     other = [reversed_decided(results, a) for a in ('standard', 'robust')]
-    for axis, pair, text in ((axes[0, 4], usual, 'usual data'),
-                             (axes[0, 5], other, 'reversed: faint outlines')):
+    for axis, pair, text in ((axes[0, 4], usual, 'usual data'), (axes[0, 5], other, 'reversed: faint outlines')):
         for i, (s, t) in enumerate(pair):
             colour = colours(results)[('standard', results['robust'])[i]]
             dot(axis, i, common.bootstrap(shape_bias, s, t), fmt='o', color=colour)
@@ -1692,20 +1841,28 @@ def figure_stimuli(results, folder):
     names = [n for n in SINGLE if n in runs(results, 'conflict', 'standard')[0]]
     fig, axes = common.new_figure(1, 1 + len(names), 3.4 * (1 + len(names)), 3.4)
     points_with_intervals(
-        axes[0, 0], results, results['arms'],
+        axes[0, 0],
+        results,
+        results['arms'],
         lambda arm: common.bootstrap(shape_bias, *decided(results, arm, 'stimuli')),
         {arm: coverage(*decided(results, arm, 'stimuli')) for arm in results['arms']},
-        'coverage')
+        'coverage',
+    )
     count = len(common.unpack(results['cues']['stimuli']['shape']))
     k = len(results['groups'])
     axes[0, 0].axhline(50, color='0.6', ls=':', lw=1)
     axes[0, 0].axhline(200 / k, color='0.6', ls='--', lw=1, label='coverage by chance')
-    axes[0, 0].set(ylabel='shape bias with 95 % interval (%)',
-                   title=f'{count} cue conflicts, {k} categories')
+    axes[0, 0].set(ylabel='shape bias with 95 % interval (%)', title=f'{count} cue conflicts, {k} categories')
     axes[0, 0].legend(fontsize=7)
     for axis, name in zip(axes[0, 1:], names):
-        points_with_intervals(axis, results, results['arms'], lambda arm: common.bootstrap(
-            np.mean, np.stack([common.unpack(r[name]) for r in runs(results, 'conflict', arm)])))
+        points_with_intervals(
+            axis,
+            results,
+            results['arms'],
+            lambda arm: common.bootstrap(
+                np.mean, np.stack([common.unpack(r[name]) for r in runs(results, 'conflict', arm)])
+            ),
+        )
         axis.axhline(100 / k, color='0.6', ls='--', lw=1, label='chance')
         axis.set(title=name, ylabel='accuracy (%)')
         axis.legend(fontsize=7)
@@ -1714,6 +1871,7 @@ def figure_stimuli(results, folder):
 
 # -------------------------------------------------------------------------------- the claims
 
+
 def judge(results, folder):
     """The claims table, from results.json alone."""
     claims, main = [], results['robust']
@@ -1721,8 +1879,21 @@ def judge(results, folder):
 
     seeds = len(results['config']['seeds'])
 
-    def add(text, source, found, *, arms=('standard', main), name=None, threshold=0.0,
-            unit='points', why=None, detail=None, reference='-', verdict=None, least=0.0):
+    def add(
+        text,
+        source,
+        found,
+        *,
+        arms=('standard', main),
+        name=None,
+        threshold=0.0,
+        unit='points',
+        why=None,
+        detail=None,
+        reference='-',
+        verdict=None,
+        least=0.0,
+    ):
         """found: (value, low, high) of an effect that must exceed the threshold; name: the
         conflict set whose coverage counts; why: what makes the claim uninformative; least: an
         effect that retraining alone can have, of means over n seeds 1 / sqrt(n) of it."""
@@ -1734,16 +1905,22 @@ def judge(results, folder):
         if not np.isfinite(found).all():
             measured, why = 'not defined here', why or 'not defined here'
         verdict = verdict or effect_verdict(found[1], found[2], threshold)
-        least /= seeds ** 0.5
+        least /= seeds**0.5
         if abs(found[0] - threshold) < least and verdict != 'inconclusive':
             verdict = 'inconclusive'
             measured += f' (retraining alone may change it by {scale * least:.3g})'
-        claims.append(claim(text, source, measured + (f'; {detail}' if detail else ''),
-                            f'uninformative: {why}' if why else verdict, reference))
+        claims.append(
+            claim(
+                text,
+                source,
+                measured + (f'; {detail}' if detail else ''),
+                f'uninformative: {why}' if why else verdict,
+                reference,
+            )
+        )
 
     name = conflict_name(results)
-    sets = [name] * (name is not None) + ['stimuli'] * (name == 'shapes'
-                                                        and bool(results['groups']))
+    sets = [name] * (name is not None) + ['stimuli'] * (name == 'shapes' and bool(results['groups']))
     if main in results['arms'] and 'views' in has:
         gate_claims(results, claims)
     for name in sets:
@@ -1763,8 +1940,10 @@ def judge(results, folder):
     if sets and 'untrained' in results['arms']:
         coverage_claim(results, claims, sets[0])
     if seeds < 3:
-        common.log.info('\nWith one or two --seeds the intervals are those of images or channels '
-                        'of these networks; another training may come out otherwise.')
+        common.log.info(
+            '\nWith one or two --seeds the intervals are those of images or channels '
+            'of these networks; another training may come out otherwise.'
+        )
     common.write_claims(claims, folder)
     return claims
 
@@ -1782,12 +1961,10 @@ def unfit(results, arms, name=None):
             pair = decided(results, arm, name)
             count = len(results['groups'] if name == 'stimuli' else results['classes'])
             if coverage(*pair) < max(COVERAGE, 3 / count):  # 3 / count: 1.5 times chance
-                return (f'{arm} decides {100 * coverage(*pair):.0f} % of the conflicts for either '
-                        'cue')
+                return f'{arm} decides {100 * coverage(*pair):.0f} % of the conflicts for either cue'
             number = np.sum(pair) / len(pair[0])  # of each seed: the images are the same
             if number < DECISIONS:
-                return (f'{arm} decides {number:.0f} conflicts for either cue, fewer than '
-                        f'{DECISIONS}')
+                return f'{arm} decides {number:.0f} conflicts for either cue, fewer than {DECISIONS}'
     if views and results['robust'] in arms:
         ratio, loss = (statistic(s, r) for statistic, s, r in gates(results))
         if ratio < GATE or loss > MARGIN:
@@ -1800,56 +1977,82 @@ def unfit(results, arms, name=None):
 def gates(results):
     """((statistic, S, R), (statistic, S, R)): robust accuracy of R over that of S (at least one
     image), natural accuracy of S minus that of R."""
-    attacked, natural = ([seen(results, a, view) for a in ('standard', results['robust'])]
-                         for view in ('attack/PGD-20', 'natural/natural'))
-    return ((lambda s, r: r.mean() / max(s.mean(), 1 / s.size), *attacked),
-            (lambda s, r: s.mean() - r.mean(), *natural))
+    attacked, natural = (
+        [seen(results, a, view) for a in ('standard', results['robust'])]
+        for view in ('attack/PGD-20', 'natural/natural')
+    )
+    return (
+        (lambda s, r: r.mean() / max(s.mean(), 1 / s.size), *attacked),
+        (lambda s, r: s.mean() - r.mean(), *natural),
+    )
 
 
 def gate_claims(results, claims):
     ratio, loss = (common.bootstrap(*gate) for gate in gates(results))
-    attacked = [100 * seen(results, a, 'attack/PGD-20').mean()
-                for a in ('standard', results['robust'])]
-    claims.append(claim(
-        f'Gate: R is robust, at least {GATE:.0f} times the accuracy of S under PGD-20', 'control',
-        f'{attacked[0]:.1f} and {attacked[1]:.1f} %', 'supported' if ratio[1] > GATE else
-        'contradicted' if ratio[2] < GATE else 'inconclusive'))
-    claims.append(claim(
-        f'Gate: and loses at most {100 * MARGIN:.0f} points of natural accuracy', 'control',
-        '{:.1f} points [{:.1f}, {:.1f}]'.format(*(100 * v for v in loss)),
-        'uninformative: S is near chance' if seen(results, 'standard', 'natural/natural').mean()
-        < 1.5 / len(results['classes']) else effect_verdict(-loss[2], -loss[1], -MARGIN)))
+    attacked = [100 * seen(results, a, 'attack/PGD-20').mean() for a in ('standard', results['robust'])]
+    claims.append(
+        claim(
+            f'Gate: R is robust, at least {GATE:.0f} times the accuracy of S under PGD-20',
+            'control',
+            f'{attacked[0]:.1f} and {attacked[1]:.1f} %',
+            'supported' if ratio[1] > GATE else 'contradicted' if ratio[2] < GATE else 'inconclusive',
+        )
+    )
+    claims.append(
+        claim(
+            f'Gate: and loses at most {100 * MARGIN:.0f} points of natural accuracy',
+            'control',
+            '{:.1f} points [{:.1f}, {:.1f}]'.format(*(100 * v for v in loss)),
+            'uninformative: S is near chance'
+            if seen(results, 'standard', 'natural/natural').mean() < 1.5 / len(results['classes'])
+            else effect_verdict(-loss[2], -loss[1], -MARGIN),
+        )
+    )
 
 
 def whose(results, name):
     """What a conflict set is, behind the claim."""
     if name == 'shapes':
         return ''
-    return (f" ({len(common.unpack(results['cues'][name]['shape']))} stimuli of Geirhos et al., "
-            f"{len(results['groups'])} categories)")
+    return (
+        f" ({len(common.unpack(results['cues'][name]['shape']))} stimuli of Geirhos et al., "
+        f"{len(results['groups'])} categories)"
+    )
 
 
 def texture_claim(results, add, name):
     """V0, which concerns S alone."""
     s = decided(results, 'standard', name)
     found = common.bootstrap(shape_bias, *s)
-    add(f'V0 S is texture-biased: shape bias below 50 %{whose(results, name)}', PAPER, found,
-        arms=('standard',), name=name, threshold=0.5, unit='%', least=RETRAINED['bias'],
+    add(
+        f'V0 S is texture-biased: shape bias below 50 %{whose(results, name)}',
+        PAPER,
+        found,
+        arms=('standard',),
+        name=name,
+        threshold=0.5,
+        unit='%',
+        least=RETRAINED['bias'],
         verdict=effect_verdict(-found[2], -found[1], -0.5),
-        detail=f'coverage {100 * coverage(*s):.0f} %', reference=f'21 % ({BENCHMARK})')
+        detail=f'coverage {100 * coverage(*s):.0f} %',
+        reference=f'21 % ({BENCHMARK})',
+    )
 
 
 def coverage_claim(results, claims, name):
     """Control: what shape bias is worth without coverage."""
     pair = decided(results, 'untrained', name)
     found = common.bootstrap(coverage, *pair)
-    claims.append(claim(
-        'Control: shape bias needs its coverage; that of an untrained network is below '
-        f'{100 * COVERAGE:.0f} %', 'control',
-        '{:.1f} % [{:.1f}, {:.1f}]'.format(*(100 * v for v in found))
-        + f'; its shape bias {100 * shape_bias(*pair):.1f} %',
-        effect_verdict(-found[2], -found[1], -COVERAGE),
-        f'an untrained ResNet-50 scores 65 % ({BENCHMARK})'))
+    claims.append(
+        claim(
+            f'Control: shape bias needs its coverage; that of an untrained network is below {100 * COVERAGE:.0f} %',
+            'control',
+            '{:.1f} % [{:.1f}, {:.1f}]'.format(*(100 * v for v in found))
+            + f'; its shape bias {100 * shape_bias(*pair):.1f} %',
+            effect_verdict(-found[2], -found[1], -COVERAGE),
+            f'an untrained ResNet-50 scores 65 % ({BENCHMARK})',
+        )
+    )
 
 
 def bias_claims(results, add, name):
@@ -1860,14 +2063,22 @@ def bias_claims(results, add, name):
         return shape_bias(c, d) - shape_bias(a, b)
 
     right = [congruent(results, a, name) for a in ('standard', main)]
-    right = ', right where the cues agree {:.0f} and {:.0f} %'.format(*(100 * v for v in right)) \
-        if np.isfinite(right).all() else ''
+    right = (
+        ', right where the cues agree {:.0f} and {:.0f} %'.format(*(100 * v for v in right))
+        if np.isfinite(right).all()
+        else ''
+    )
     r = decided(results, main, name)
-    add(f'V1 R is more shape-biased than S{on}', PAPER, common.bootstrap(difference, *s, *r),
-        name=name, least=RETRAINED['bias'],
+    add(
+        f'V1 R is more shape-biased than S{on}',
+        PAPER,
+        common.bootstrap(difference, *s, *r),
+        name=name,
+        least=RETRAINED['bias'],
         detail=f'{100 * shape_bias(*s):.1f} and {100 * shape_bias(*r):.1f} %, '
         f'coverage {100 * coverage(*s):.0f} and {100 * coverage(*r):.0f} %' + right,
-        reference=f'+44 points: 21 and 65 % (l2 eps 3; {BENCHMARK})')
+        reference=f'+44 points: 21 and 65 % (l2 eps 3; {BENCHMARK})',
+    )
     ladder = sorted((e, a) for a, e in results['eps'].items() if a == 'standard' or e > 0)
     if len(ladder) > 2:
         pairs = [v for _, a in ladder for v in decided(results, a, name)]
@@ -1881,45 +2092,54 @@ def bias_claims(results, add, name):
         least = RETRAINED['bias'] / len(results['config']['seeds']) ** 0.5
         small = abs(shape_bias(*pairs[-2:]) - shape_bias(*pairs[:2])) < least
         note = f' (retraining alone may change it by {100 * least:.3g})' if small else ''
-        add(f'V2 Shape bias grows with eps: rank correlation{on}', PAPER, found, name=name,
-            arms=[a for _, a in ladder], verdict='inconclusive' if small else None, unit='',
-            detail=', '.join(
-                f'{100 * shape_bias(*decided(results, a, name)):.1f}' for _, a in ladder)
-            + ' %' + note, reference=f'nearly monotone ({BENCHMARK})')
+        add(
+            f'V2 Shape bias grows with eps: rank correlation{on}',
+            PAPER,
+            found,
+            name=name,
+            arms=[a for _, a in ladder],
+            verdict='inconclusive' if small else None,
+            unit='',
+            detail=', '.join(f'{100 * shape_bias(*decided(results, a, name)):.1f}' for _, a in ladder) + ' %' + note,
+            reference=f'nearly monotone ({BENCHMARK})',
+        )
     if name == 'stimuli':
         for kind, reference in (('silhouettes', '48.1 to 60.6 %'), ('edges', '23.8 to 25.6 %')):
-            found = {a: [v[kind] for v in runs(results, 'conflict', a) if kind in v]
-                     for a in ('standard', main)}
+            found = {a: [v[kind] for v in runs(results, 'conflict', a) if kind in v] for a in ('standard', main)}
             if found[main]:
-                a, b = (np.stack([common.unpack(v) for v in found[x]]).astype(float)
-                        for x in ('standard', main))
+                a, b = (np.stack([common.unpack(v) for v in found[x]]).astype(float) for x in ('standard', main))
                 chance = 1.5 / len(results['groups'])
-                add(f'V3 R is better on the {kind} of Geirhos et al. ({a.shape[1]} images), R '
-                    'minus S', PAPER, common.bootstrap(lambda u, v: v.mean() - u.mean(), a, b),
+                add(
+                    f'V3 R is better on the {kind} of Geirhos et al. ({a.shape[1]} images), R minus S',
+                    PAPER,
+                    common.bootstrap(lambda u, v: v.mean() - u.mean(), a, b),
                     why='both near chance' if max(a.mean(), b.mean()) < chance else None,
                     least=RETRAINED[kind],
                     detail=f'{100 * a.mean():.1f} and {100 * b.mean():.1f} %',
-                    reference=f'{reference} (eps 0 to l2 3; {BENCHMARK})')
+                    reference=f'{reference} (eps 0 to l2 3; {BENCHMARK})',
+                )
     if 'random textures' in results['arms'] and name == 'shapes':
         t = decided(results, 'random textures', name)
-        add('V14 Training on random textures, whose labels are the outlines, also raises the shape '
-            'bias', 'control',
-            common.bootstrap(difference, *s, *t), name=name, arms=('standard', 'random textures'),
+        add(
+            'V14 Training on random textures, whose labels are the outlines, also raises the shape bias',
+            'control',
+            common.bootstrap(difference, *s, *t),
+            name=name,
+            arms=('standard', 'random textures'),
             least=RETRAINED['bias'],
             detail=f'{100 * shape_bias(*t):.1f} %',
-            reference=f'Stylized-ImageNet: 21 to 81 % ({BENCHMARK})')
+            reference=f'Stylized-ImageNet: 21 to 81 % ({BENCHMARK})',
+        )
 
 
 def view_claims(results, add):
     """V3 to V5 and V8: what robust training buys when a cue, a band or the quality is lost."""
     main, classes = results['robust'], len(results['classes'])
 
-    def change(text, source, names, lower=False, relative=True, arms=('standard', main),
-               least='accuracy', **more):
+    def change(text, source, names, lower=False, relative=True, arms=('standard', main), least='accuracy', **more):
         """Accuracy on the views (relative: `kept` of natural accuracy) of the second arm minus
         the first; lower: the claim is that it is lower."""
-        arrays = [v for a in arms for v in (seen(results, a, *names),
-                                            seen(results, a, 'natural/natural'))]
+        arrays = [v for a in arms for v in (seen(results, a, *names), seen(results, a, 'natural/natural'))]
         sign = -1 if lower else 1
 
         def statistic(s, ns, r, nr):
@@ -1928,82 +2148,138 @@ def view_claims(results, add):
             return sign * (r.mean() - s.mean())
 
         plain = [100 * seen(results, a, *names).mean() for a in arms]
-        shares = [100 * kept(seen(results, a, *names), seen(results, a, 'natural/natural'),
-                             classes) for a in arms]
+        shares = [100 * kept(seen(results, a, *names), seen(results, a, 'natural/natural'), classes) for a in arms]
         detail = '{:.1f} and {:.1f} %'.format(*shares if relative else plain)
         detail += ', absolute {:.1f} and {:.1f} %'.format(*plain) if relative else ''
-        why = f'both near chance, {plain[0]:.1f} and {plain[1]:.1f} %' \
-            if max(plain) < 150 / classes else \
-            f'both saturated, {plain[0]:.1f} and {plain[1]:.1f} %' if min(plain) > 99 else None
+        why = (
+            f'both near chance, {plain[0]:.1f} and {plain[1]:.1f} %'
+            if max(plain) < 150 / classes
+            else f'both saturated, {plain[0]:.1f} and {plain[1]:.1f} %'
+            if min(plain) > 99
+            else None
+        )
         if arms[0] == 'standard':
             text += ', S minus R' if lower else ', R minus S'
-        add(text, source, common.bootstrap(statistic, *arrays), arms=arms, why=why, detail=detail,
-            least=RETRAINED[least], **more)
+        add(
+            text,
+            source,
+            common.bootstrap(statistic, *arrays),
+            arms=arms,
+            why=why,
+            detail=detail,
+            least=RETRAINED[least],
+            **more,
+        )
 
     present = in_group(results, 'texture-less')
     silhouettes = [f'texture-less/{n}' for n in TEXTURE_LESS if f'texture-less/{n}' in present]
     if silhouettes:
-        change('V3 R is better without texture: flat fill, share kept of natural accuracy', PAPER,
-               silhouettes[:1], least='flat fill')
-        change('V3 R is better without texture: silhouettes of both polarities, share kept',
-               PAPER, silhouettes[1:], least='silhouettes')
-    change('V3 R is better without texture: edges of both polarities, share kept', PAPER,
-           ['texture-less/edges', 'texture-less/edges inverted'], least='edges')
-    change('V3 R is better without texture: black and white, and saturation, share kept', PAPER,
-           ['texture-less/black and white', *(v for v in present if 'saturation' in v)])
+        change(
+            'V3 R is better without texture: flat fill, share kept of natural accuracy',
+            PAPER,
+            silhouettes[:1],
+            least='flat fill',
+        )
+        change(
+            'V3 R is better without texture: silhouettes of both polarities, share kept',
+            PAPER,
+            silhouettes[1:],
+            least='silhouettes',
+        )
+    change(
+        'V3 R is better without texture: edges of both polarities, share kept',
+        PAPER,
+        ['texture-less/edges', 'texture-less/edges inverted'],
+        least='edges',
+    )
+    change(
+        'V3 R is better without texture: black and white, and saturation, share kept',
+        PAPER,
+        ['texture-less/black and white', *(v for v in present if 'saturation' in v)],
+    )
     scrambled = [v for v in in_group(results, 'shape-less') if 'scrambled' in v]
     if scrambled:
-        change('V4 R is hurt more without shape: scrambled, share kept', PAPER,
-               scrambled, lower=True)
+        change('V4 R is hurt more without shape: scrambled, share kept', PAPER, scrambled, lower=True)
     for text, names, lower, reference in (
-            ('R is worse off-distribution on average: corruptions', list(CORRUPTIONS), True,
-             'ImageNet-C 40.9 to 34.6 %, eps 0 to l2 3'),
-            ('R is worse under contrast and veil', ['contrast', 'veil'], True,
-             'fog 45.4 to 6.4, contrast 38.8 to 9.6 %'),
-            ('R is better under pixelate and JPEG', ['pixelate', 'JPEG'], False,
-             'pixelate 44.8 to 57.2, JPEG 53.7 to 59.6 %')):
+        (
+            'R is worse off-distribution on average: corruptions',
+            list(CORRUPTIONS),
+            True,
+            'ImageNet-C 40.9 to 34.6 %, eps 0 to l2 3',
+        ),
+        ('R is worse under contrast and veil', ['contrast', 'veil'], True, 'fog 45.4 to 6.4, contrast 38.8 to 9.6 %'),
+        (
+            'R is better under pixelate and JPEG',
+            ['pixelate', 'JPEG'],
+            False,
+            'pixelate 44.8 to 57.2, JPEG 53.7 to 59.6 %',
+        ),
+    ):
         every = [v for c in names for v in in_group(results, c)]
-        change(f'V5 {text}', PAPER, every, lower=lower, relative=False,
-               reference=f'{reference} ({BENCHMARK})')
-        change(f'V5 Control: the same, share kept of natural accuracy (R starts lower): {text}',
-               'control', every, lower=lower)
-    change(f"V8 R tolerates low-pass filters better: bands {', '.join(LOW)}, share "
-           'kept', 'independent', [f'low-pass/{b}' for b in LOW],
-           reference='.155/.513/.701 to .359/.696/.855 (' + BENCHMARK + ')')
-    change(f"V8 R keeps less through high-pass filters: bands {', '.join(HIGH)}, share kept",
-           'independent',
-           [f'high-pass/{b}' for b in HIGH], lower=True,
-           reference='.266 to .034 at one band (' + BENCHMARK + ')')
+        change(f'V5 {text}', PAPER, every, lower=lower, relative=False, reference=f'{reference} ({BENCHMARK})')
+        change(
+            f'V5 Control: the same, share kept of natural accuracy (R starts lower): {text}',
+            'control',
+            every,
+            lower=lower,
+        )
+    change(
+        f"V8 R tolerates low-pass filters better: bands {', '.join(LOW)}, share kept",
+        'independent',
+        [f'low-pass/{b}' for b in LOW],
+        reference='.155/.513/.701 to .359/.696/.855 (' + BENCHMARK + ')',
+    )
+    change(
+        f"V8 R keeps less through high-pass filters: bands {', '.join(HIGH)}, share kept",
+        'independent',
+        [f'high-pass/{b}' for b in HIGH],
+        lower=True,
+        reference='.266 to .034 at one band (' + BENCHMARK + ')',
+    )
     if 'random textures' in results['arms']:
-        change('V14 Unlike R, training on random textures keeps the high frequencies: high-pass '
-               f"{', '.join(HIGH)}, it minus R", 'control', [f'high-pass/{b}' for b in HIGH],
-               arms=(main, 'random textures'),
-               reference='.439 and .034 at one band (' + BENCHMARK + ')')
-    for name, text in (('low', f'low frequencies (below {HYBRID} of Nyquist) to high ones'),
-                       ('phase', 'phase to amplitude')):
+        change(
+            'V14 Unlike R, training on random textures keeps the high frequencies: high-pass '
+            f"{', '.join(HIGH)}, it minus R",
+            'control',
+            [f'high-pass/{b}' for b in HIGH],
+            arms=(main, 'random textures'),
+            reference='.439 and .034 at one band (' + BENCHMARK + ')',
+        )
+    for name, text in (
+        ('low', f'low frequencies (below {HYBRID} of Nyquist) to high ones'),
+        ('phase', 'phase to amplitude'),
+    ):
         s, r = (decided(results, a, name) for a in ('standard', main))
-        add(f'Control: where two images are in one, R prefers {text} more than S', 'control',
+        add(
+            f'Control: where two images are in one, R prefers {text} more than S',
+            'control',
             common.bootstrap(lambda a, b, c, d: shape_bias(c, d) - shape_bias(a, b), *s, *r),
-            name=name, least=RETRAINED['hybrids'],
-            detail=f'{100 * shape_bias(*s):.1f} and {100 * shape_bias(*r):.1f} %')
+            name=name,
+            least=RETRAINED['hybrids'],
+            detail=f'{100 * shape_bias(*s):.1f} and {100 * shape_bias(*r):.1f} %',
+        )
 
 
 def smoothness_claims(results, add):
     """V6 and V7: smoother filters, which let less noise through."""
     pair = ('standard', results['robust'])
     layers = stage_names(results, 'filters')
-    for key, text, unit in (('tv', 'TV / L1', ''), ('high', 'energy above 1/4 cycle per pixel',
-                                                    'points')):
+    for key, text, unit in (('tv', 'TV / L1', ''), ('high', 'energy above 1/4 cycle per pixel', 'points')):
         s, r = (units(results, 'filters', a, key, [0]) for a in pair)
-        others = [mean(units(results, 'filters', pair[0], key, [i]))
-                  - mean(units(results, 'filters', pair[1], key, [i]))
-                  for i in range(1, len(layers))]
+        others = [
+            mean(units(results, 'filters', pair[0], key, [i])) - mean(units(results, 'filters', pair[1], key, [i]))
+            for i in range(1, len(layers))
+        ]
         scale = 100 if unit else 1
-        add(f'V6 The first filters of R are smoother: {text}, S minus R, mean over channels',
-            PAPER, common.bootstrap(lambda a, b: mean(a) - mean(b), s, r), unit=unit,
+        add(
+            f'V6 The first filters of R are smoother: {text}, S minus R, mean over channels',
+            PAPER,
+            common.bootstrap(lambda a, b: mean(a) - mean(b), s, r),
+            unit=unit,
             least=RETRAINED['energy' if unit else 'TV'],
             detail=f'{scale * mean(s):.2f} and {scale * mean(r):.2f}; '
-            f'{sum(d > 0 for d in others)} of the {len(others)} later layers as well')
+            f'{sum(d > 0 for d in others)} of the {len(others)} later layers as well',
+        )
     stages = range(len(stage_names(results)))
 
     def rises(arm, chosen):
@@ -2011,34 +2287,42 @@ def smoothness_claims(results, add):
         weighted so that the mean is that over the stages."""
         parts = []
         for i in chosen:
-            clean, noisy = np.moveaxis(np.stack([common.unpack(run[i]['channel']) for run in runs(
-                results, 'maps', arm)]).astype(float), 1, 0)
+            clean, noisy = np.moveaxis(
+                np.stack([common.unpack(run[i]['channel']) for run in runs(results, 'maps', arm)]).astype(float), 1, 0
+            )
             change = (noisy - clean) / np.maximum(clean.mean(1, keepdims=True), 1e-12)
             parts.append(change / change.shape[1] / len(chosen))
         return np.concatenate(parts, 1) * sum(p.shape[1] for p in parts)
 
     for text, chosen in (('first stage', [0]), ('mean over the stages', stages)):
         s, r = (rises(a, chosen) for a in pair)
-        add(f'V7 R blocks noise: relative rise of the TV of its activations under noise of '
-            f'{TV_NOISE}, {text}, S minus R', PAPER,
-            common.bootstrap(lambda a, b: a.mean() - b.mean(), s, r), least=RETRAINED['rise'],
-            detail=f'{100 * s.mean():.0f} and {100 * r.mean():.0f} %')
+        add(
+            f'V7 R blocks noise: relative rise of the TV of its activations under noise of '
+            f'{TV_NOISE}, {text}, S minus R',
+            PAPER,
+            common.bootstrap(lambda a, b: a.mean() - b.mean(), s, r),
+            least=RETRAINED['rise'],
+            detail=f'{100 * s.mean():.0f} and {100 * r.mean():.0f} %',
+        )
 
     def outliers(arm, threshold_of):
         rows = []
-        for run, reference in zip(runs(results, 'maps', arm), runs(results, 'maps',
-                                                                   threshold_of)):
-            pairs = [(common.unpack(a['channel']), common.unpack(b['channel'])[0].mean())
-                     for a, b in zip(run, reference)]
+        for run, reference in zip(runs(results, 'maps', arm), runs(results, 'maps', threshold_of)):
+            pairs = [
+                (common.unpack(a['channel']), common.unpack(b['channel'])[0].mean()) for a, b in zip(run, reference)
+            ]
             rows.append(np.concatenate([np.abs(v[1] - v[0]) >= OUTLIER * m for v, m in pairs]))
         return np.stack(rows).astype(float)
 
     s, r = (outliers(a, 'standard') for a in pair)
-    add('V7 R blocks noise: share of channels whose TV changes by a fifth of the mean TV of S, S '
-        'minus R', PAPER, common.bootstrap(lambda a, b: a.mean() - b.mean(), s, r),
+    add(
+        'V7 R blocks noise: share of channels whose TV changes by a fifth of the mean TV of S, S minus R',
+        PAPER,
+        common.bootstrap(lambda a, b: a.mean() - b.mean(), s, r),
         least=RETRAINED['outliers'],
         detail=f'{100 * s.mean():.1f} and {100 * r.mean():.1f} %; of the mean TV of R itself '
-        f'{100 * outliers(pair[1], pair[1]).mean():.1f} %')
+        f'{100 * outliers(pair[1], pair[1]).mean():.1f} %',
+    )
 
 
 def concept_claims(results, add):
@@ -2047,23 +2331,37 @@ def concept_claims(results, add):
     categories = {c for c, _ in results['concepts']}
     layout = [100 * (labelled(results, a) == 'layout').mean() for a in pair]
     for number, category, sign, text in (
-            ('V9', 'colour', 1, 'R has more colour detectors'),
-            ('V10', 'texture', 1, 'R has more texture detectors'),
-            ('V11', 'outline', -1, 'R has fewer outline detectors (for objects)')):
+        ('V9', 'colour', 1, 'R has more colour detectors'),
+        ('V10', 'texture', 1, 'R has more texture detectors'),
+        ('V11', 'outline', -1, 'R has fewer outline detectors (for objects)'),
+    ):
         if category not in categories:
             continue
         s, r = ((labelled(results, a) == category).astype(float) for a in pair)
         uncut = [100 * (labelled(results, a, key='uncut') == category).mean() for a in pair]
-        sweep = [np.sign((labelled(results, pair[1], t) == category).sum()
-                         - (labelled(results, pair[0], t) == category).sum()) for t in TAUS]
-        add(f'{number} {text}: share of the units, ' + ('R minus S' if sign > 0 else 'S minus R'),
-            PAPER + ', adapted', common.bootstrap(lambda a, b: sign * (b.mean() - a.mean()), s, r),
-            why=None if s.any() or r.any() else 'neither has any', least=RETRAINED['detectors'],
+        sweep = [
+            np.sign(
+                (labelled(results, pair[1], t) == category).sum() - (labelled(results, pair[0], t) == category).sum()
+            )
+            for t in TAUS
+        ]
+        add(
+            f'{number} {text}: share of the units, ' + ('R minus S' if sign > 0 else 'S minus R'),
+            PAPER + ', adapted',
+            common.bootstrap(lambda a, b: sign * (b.mean() - a.mean()), s, r),
+            why=None if s.any() or r.any() else 'neither has any',
+            least=RETRAINED['detectors'],
             detail='{:.1f} and {:.1f} %; more in R at {} of {} thresholds, in S at {}; without '
             'the cut-offs {:.1f} and {:.1f} %{}'.format(
-                100 * s.mean(), 100 * r.mean(), sum(v > 0 for v in sweep), len(TAUS),
-                sum(v < 0 for v in sweep), *uncut, '; layout has {:.1f} and {:.1f} %'.format(
-                    *layout) if 'layout' in categories else ''))
+                100 * s.mean(),
+                100 * r.mean(),
+                sum(v > 0 for v in sweep),
+                len(TAUS),
+                sum(v < 0 for v in sweep),
+                *uncut,
+                '; layout has {:.1f} and {:.1f} %'.format(*layout) if 'layout' in categories else '',
+            ),
+        )
 
 
 def input_claims(results, add):
@@ -2072,46 +2370,72 @@ def input_claims(results, add):
     chance = runs(results, 'inputs', 'standard')[0]['chance']
     top = runs(results, 'inputs', 'standard')[0]['top']
     plural = {'joint': 'combinations of the three', 'class': 'classes'}
-    rows = [(f"effective number of {plural.get(n, n + 's')} among the {top} images that excite a "
-             'channel most' if n != 'patches' else 'distance of the patches that excite a channel '
-             'most, relative to random ones', 'inputs', n, chance[n]) for n in chance]
+    rows = [
+        (
+            f"effective number of {plural.get(n, n + 's')} among the {top} images that excite a channel most"
+            if n != 'patches'
+            else 'distance of the patches that excite a channel most, relative to random ones',
+            'inputs',
+            n,
+            chance[n],
+        )
+        for n in chance
+    ]
     if results['concepts']:
         rows.append(('number of concepts detected by a channel', 'concepts', 'number', None))
     for text, part, key, by_chance in rows:
         if part == 'inputs':
             s, r = (units(results, part, a, key) for a in pair)
         else:
-            s, r = (np.stack([np.concatenate([common.unpack(stage[key])[TAUS.index(TAU)]
-                                              for stage in run])
-                              for run in runs(results, part, a)]).astype(float) for a in pair)
-        add(f"V12 Channels of R respond to fewer types of inputs: "
-            f'{text}, S minus R',
-            PAPER + ', adapted', common.bootstrap(lambda a, b: mean(a) - mean(b), s, r), unit='',
+            s, r = (
+                np.stack(
+                    [
+                        np.concatenate([common.unpack(stage[key])[TAUS.index(TAU)] for stage in run])
+                        for run in runs(results, part, a)
+                    ]
+                ).astype(float)
+                for a in pair
+            )
+        add(
+            f"V12 Channels of R respond to fewer types of inputs: {text}, S minus R",
+            PAPER + ', adapted',
+            common.bootstrap(lambda a, b: mean(a) - mean(b), s, r),
+            unit='',
             least=RETRAINED['types'] * by_chance if by_chance else RETRAINED['number'] * mean(s),
-            why=f'both within {100 * NO_SIGNAL:.0f} % of random images' if by_chance and max(
-                abs(mean(v) / by_chance - 1) for v in (s, r)) < NO_SIGNAL else None,
-            detail=f'{mean(s):.2f} and {mean(r):.2f}'
-            + (f', random images {by_chance:.2f}' if by_chance else ''))
+            why=f'both within {100 * NO_SIGNAL:.0f} % of random images'
+            if by_chance and max(abs(mean(v) / by_chance - 1) for v in (s, r)) < NO_SIGNAL
+            else None,
+            detail=f'{mean(s):.2f} and {mean(r):.2f}' + (f', random images {by_chance:.2f}' if by_chance else ''),
+        )
 
 
 def ablation_claims(results, add):
     """V13: which cue the channels serve."""
     for relative, text, source in (
-            (False, 'more shape than texture decisions', PAPER + ', adapted'),
-            (True, 'a larger share of the shape than of the texture decisions (counts favour the '
-             'cue that decides more often, shares the other)', 'control')):
+        (False, 'more shape than texture decisions', PAPER + ', adapted'),
+        (
+            True,
+            'a larger share of the shape than of the texture decisions (counts favour the '
+            'cue that decides more often, shares the other)',
+            'control',
+        ),
+    ):
         s, r = (leaning(results, a, relative) for a in ('standard', results['robust']))
         empty = np.isnan(s).all() or np.isnan(r).all()
         count = min(np.isfinite(v).sum() for v in (s, r))
-        add(f'V13 More channels of R serve shape: zeroing them loses {text}, share of the '
-            'channels, R minus S', source,
-            common.bootstrap(lambda a, b: mean(b) - mean(a), s, r) if not empty
-            else (math.nan,) * 3, name=conflict_name(results),
+        add(
+            f'V13 More channels of R serve shape: zeroing them loses {text}, share of the channels, R minus S',
+            source,
+            common.bootstrap(lambda a, b: mean(b) - mean(a), s, r) if not empty else (math.nan,) * 3,
+            name=conflict_name(results),
             why=f'{count} channels matter alone' if count < UNITS else None,
             least=RETRAINED['leaning'],
-            detail='' if empty else '{:.1f} and {:.1f} % of {} and {} channels'.format(
-                100 * mean(s), 100 * mean(r), np.isfinite(s).sum(),
-                np.isfinite(r).sum()))
+            detail=''
+            if empty
+            else '{:.1f} and {:.1f} % of {} and {} channels'.format(
+                100 * mean(s), 100 * mean(r), np.isfinite(s).sum(), np.isfinite(r).sum()
+            ),
+        )
 
 
 def control_claims(results, add, has):
@@ -2120,43 +2444,67 @@ def control_claims(results, add, has):
     if 'reversed' in has:
         s, r = (reversed_decided(results, a) for a in ('standard', 'robust'))
         covered = [coverage(*v) for v in (s, r)]
-        natural, robust = ([100 * np.mean([results[f'reversed-s{seed}'][a][what] for seed in
-                                           results['config']['seeds']])
-                            for a in ('standard', 'robust')] for what in ('natural', 'robust'))
+        natural, robust = (
+            [
+                100 * np.mean([results[f'reversed-s{seed}'][a][what] for seed in results['config']['seeds']])
+                for a in ('standard', 'robust')
+            ]
+            for what in ('natural', 'robust')
+        )
         low = min(natural) < 300 / len(results['classes'])
-        bad = [a for a in ('reversed standard', 'reversed robust')
-               if any(results.get(f'collapsed-{a}-s{x}') for x in results['config']['seeds'])]
-        add('Reversed control: with faint outlines and strong textures robust training moves '
+        bad = [
+            a
+            for a in ('reversed standard', 'reversed robust')
+            if any(results.get(f'collapsed-{a}-s{x}') for x in results['config']['seeds'])
+        ]
+        add(
+            'Reversed control: with faint outlines and strong textures robust training moves '
             'towards texture, whatever it costs in natural accuracy: shape bias, S minus R',
             'control',
             common.bootstrap(lambda a, b, c, d: shape_bias(a, b) - shape_bias(c, d), *s, *r),
-            arms=(), least=RETRAINED['bias'],
-            why=f'{bad[0]} collapsed' if bad else 'near chance' if low else
-            'the robust network is not robust' if robust[1] < GATE * robust[0] else
-            'coverage below 50 %' if min(covered) < COVERAGE else None,
+            arms=(),
+            least=RETRAINED['bias'],
+            why=f'{bad[0]} collapsed'
+            if bad
+            else 'near chance'
+            if low
+            else 'the robust network is not robust'
+            if robust[1] < GATE * robust[0]
+            else 'coverage below 50 %'
+            if min(covered) < COVERAGE
+            else None,
             detail=f'{100 * shape_bias(*s):.1f} and {100 * shape_bias(*r):.1f} %, coverage '
             f'{100 * covered[0]:.0f} and {100 * covered[1]:.0f} %, natural accuracy '
             f'{natural[0]:.1f} and {natural[1]:.1f} %, under PGD-20 {robust[0]:.1f} and '
-            f'{robust[1]:.1f} %')
+            f'{robust[1]:.1f} %',
+        )
     if 'dimensions' in has:
         last, source = -1, 'after Islam et al. 2021'
-        terms = [np.stack([common.unpack(run[last][f])[i] for run in runs(
-            results, 'dimensions', a)]) for a in ('standard', main)
-            for f in ('outline', 'texture') for i in (0, 1)]
+        terms = [
+            np.stack([common.unpack(run[last][f])[i] for run in runs(results, 'dimensions', a)])
+            for a in ('standard', main)
+            for f in ('outline', 'texture')
+            for i in (0, 1)
+        ]
 
         def shares(v, k):
             return dimension_shares(rho(v[:2]), rho(v[2:]))[k]
 
-        for k, text, sign in ((0, 'More dimensions for the outline in R', 1),
-                              (1, 'Fewer dimensions for the texture in R', -1)):
-            add(f"{text}: share in the last stage, {'R minus S' if sign > 0 else 'S minus R'}",
-                source, common.bootstrap(lambda *v: sign * (shares(v[4:], k)
-                                                            - shares(v[:4], k)), *terms),
-                least=RETRAINED['dimensions'], detail='{:.1f} and {:.1f} %'.format(
-                    *(100 * shares(terms[i:i + 4], k) for i in (0, 4))))
+        for k, text, sign in (
+            (0, 'More dimensions for the outline in R', 1),
+            (1, 'Fewer dimensions for the texture in R', -1),
+        ):
+            add(
+                f"{text}: share in the last stage, {'R minus S' if sign > 0 else 'S minus R'}",
+                source,
+                common.bootstrap(lambda *v: sign * (shares(v[4:], k) - shares(v[:4], k)), *terms),
+                least=RETRAINED['dimensions'],
+                detail='{:.1f} and {:.1f} %'.format(*(100 * shares(terms[i : i + 4], k) for i in (0, 4))),
+            )
 
 
 # --------------------------------------------------------------------------------------------
+
 
 def print_table(results):
     """Every view: all networks on all test images, and S and R on those that both get right
@@ -2165,56 +2513,84 @@ def print_table(results):
     head = ''.join(f'{a:>17}' for a in arms)
     if f"views-s{results['config']['seeds'][0]}" in results:
         both = main in arms
-        common.log.info('\nAccuracy, %%%s%s\n%-32s%s', '', '; CL: images that S and R both get '
-                        'right' if both else '', '', head + ('     CL: S      R' if both else ''))
-        right = seen(results, 'standard', 'natural/natural') * seen(
-            results, main, 'natural/natural') if both else None
-        groups = [[v] for v in runs(results, 'views', arms[0])[0]
-                  if v.split('/')[0] not in CORRUPTIONS]
+        common.log.info(
+            '\nAccuracy, %%%s%s\n%-32s%s',
+            '',
+            '; CL: images that S and R both get right' if both else '',
+            '',
+            head + ('     CL: S      R' if both else ''),
+        )
+        right = seen(results, 'standard', 'natural/natural') * seen(results, main, 'natural/natural') if both else None
+        groups = [[v] for v in runs(results, 'views', arms[0])[0] if v.split('/')[0] not in CORRUPTIONS]
         groups += [in_group(results, name) for name in CORRUPTIONS]
         for names in groups:
             row = [100 * seen(results, a, *names).mean() for a in arms]
             row = ''.join(f'{v:17.1f}' for v in row)
             if both and right.sum():
-                shares = [100 * (seen(results, a, *names) * right).sum() / right.sum()
-                          for a in ('standard', main)]
+                shares = [100 * (seen(results, a, *names) * right).sum() / right.sum() for a in ('standard', main)]
                 row += '{:10.1f}{:7.1f}'.format(*shares)
-            text = names[0].replace('/', ': ') if len(names) == 1 else \
-                f"{names[0].split('/')[0]}: mean of five severities"
+            text = (
+                names[0].replace('/', ': ') if len(names) == 1 else f"{names[0].split('/')[0]}: mean of five severities"
+            )
             common.log.info('%-32s%s', text, row)
     if results['cues']:
-        common.log.info('\nConflicts: share decided for the first cue, of those for either '
-                        '(coverage), %%\n%-32s%s', '', head)
+        common.log.info(
+            '\nConflicts: share decided for the first cue, of those for either (coverage), %%\n%-32s%s', '', head
+        )
     for name in results['cues']:
         for variant in (name, name + ', all classes'):
             if variant in runs(results, 'conflict', arms[0])[0]:
                 pairs = [decided(results, a, variant) for a in arms]
-                common.log.info('%-32s%s', variant, ''.join(
-                    f'{f"{100 * shape_bias(*p):.1f} ({100 * coverage(*p):.1f})":>17}'
-                    for p in pairs))
+                common.log.info(
+                    '%-32s%s',
+                    variant,
+                    ''.join(f'{f"{100 * shape_bias(*p):.1f} ({100 * coverage(*p):.1f})":>17}' for p in pairs),
+                )
     for name in SINGLE:
         if name in runs(results, 'conflict', arms[0])[0]:
-            right = [np.mean([common.unpack(r[name]) for r in runs(results, 'conflict', a)])
-                     for a in arms]
-            common.log.info('%-32s%s', f'stimuli: {name}, accuracy',
-                            ''.join(f'{100 * v:17.1f}' for v in right))
+            right = [np.mean([common.unpack(r[name]) for r in runs(results, 'conflict', a)]) for a in arms]
+            common.log.info('%-32s%s', f'stimuli: {name}, accuracy', ''.join(f'{100 * v:17.1f}' for v in right))
 
 
 def make_parser():
     parser = common.make_parser(__doc__, DEFAULTS)
     add = parser.add_argument
-    add('--ladder', type=common.positive, nargs='+', metavar='EPS', help='of further robust '
-        'networks, such as 2/255 4/255 (half of --eps)')
-    add('--stem', type=common.whole, default=0, metavar='PX', help='size of the first '
-        'convolution of resnet18, preact-resnet18, wrn-*, such as 7 (0: their own)')
-    add('--channels', type=common.count, metavar='N', help='of each stage at most are ablated '
-        'singly (128; images above 64 pixels: 16)')
-    add('--cue-conflict-dir', metavar='DIR', help="Geirhos' stimuli: <shape>/<shape><n>-"
-        '<texture><m>.png; edges and filled-silhouettes beside it are used, too')
-    add('--probe-dir', metavar='DIR', help='concept masks for dissection: images/<name>.png and '
-        'masks/<category>/<concept>/<name>.png')
-    add('--weights', metavar='FILE', help='a standard network instead of training: a checkpoint, '
-        "IMAGENET1K_V1 (torchvision's) or random")
+    add(
+        '--ladder',
+        type=common.positive,
+        nargs='+',
+        metavar='EPS',
+        help='of further robust networks, such as 2/255 4/255 (half of --eps)',
+    )
+    add(
+        '--stem',
+        type=common.whole,
+        default=0,
+        metavar='PX',
+        help='size of the first convolution of resnet18, preact-resnet18, wrn-*, such as 7 (0: their own)',
+    )
+    add(
+        '--channels',
+        type=common.count,
+        metavar='N',
+        help='of each stage at most are ablated singly (128; images above 64 pixels: 16)',
+    )
+    add(
+        '--cue-conflict-dir',
+        metavar='DIR',
+        help="Geirhos' stimuli: <shape>/<shape><n>-"
+        '<texture><m>.png; edges and filled-silhouettes beside it are used, too',
+    )
+    add(
+        '--probe-dir',
+        metavar='DIR',
+        help='concept masks for dissection: images/<name>.png and masks/<category>/<concept>/<name>.png',
+    )
+    add(
+        '--weights',
+        metavar='FILE',
+        help='a standard network instead of training: a checkpoint, IMAGENET1K_V1 (torchvision\'s) or random',
+    )
     add('--robust-weights', metavar='FILE', help='and a robust one')
     return parser
 

@@ -31,6 +31,7 @@ bench.json. The references:
 
 The second table says what doubling does to our own code, at small sizes.
 """
+
 import argparse
 import importlib.util
 import json
@@ -47,9 +48,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cifs  # noqa: E402
-import common  # noqa: E402
-import mi_analysis  # noqa: E402
+import cifs
+import common
+import mi_analysis
 
 EPS, STEP = 8 / 255, 2 / 255
 SMALL = dict(batch=16, steps=2, classes=10, samples=1000, units=4096, latent=8)
@@ -61,7 +62,7 @@ def plain_pgd(model, x, y, steps, library=False):
     for _ in range(steps):
         loss = F.cross_entropy(model((x + delta).clamp(0, 1)), y)
         if library:
-            gradient, = torch.autograd.grad(loss, delta)
+            (gradient,) = torch.autograd.grad(loss, delta)
         else:
             delta.grad = None
             loss.backward()
@@ -84,6 +85,7 @@ class Unfolded(torch.nn.Module):
 
 def plain_apgd(model, x, y, steps):
     """Auto-PGD on all images to the end (Croce & Hein 2020, algorithm 1)."""
+
     def value(v):
         v = v.detach().requires_grad_()
         loss = F.cross_entropy(model(v), y, reduction='none')
@@ -127,9 +129,8 @@ def plain_square(model, x, y, queries):
     best = (x + EPS * (torch.randint(2, (len(x), c, 1, w), device=x.device) * 2.0 - 1)).clamp(0, 1)
     lowest = worth(best)
     for query in range(1, queries):
-        halvings = sum(query / queries > q / 10000
-                       for q in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
-        side = max(1, round(math.sqrt(0.8 / 2 ** halvings * h * w)))
+        halvings = sum(query / queries > q / 10000 for q in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+        side = max(1, round(math.sqrt(0.8 / 2**halvings * h * w)))
         side, new = min(side, h - 1), best.clone()
         for i in range(len(x)):
             top, left = np.random.randint(h - side + 1), np.random.randint(w - side + 1)
@@ -147,8 +148,9 @@ def plain_tangent(decode, z):
     """Bases (N, D, k): the Jacobian by a backward pass for each pixel, then Gram-Schmidt."""
     z = z.clone().requires_grad_()
     out = decode(z).flatten(1)
-    jacobian = torch.stack([torch.autograd.grad(out[:, i].sum(), z, retain_graph=True)[0]
-                            for i in range(out.shape[1])], 1)
+    jacobian = torch.stack(
+        [torch.autograd.grad(out[:, i].sum(), z, retain_graph=True)[0] for i in range(out.shape[1])], 1
+    )
     basis = []
     for column in jacobian.unbind(2):
         for _ in range(2):  # once is not orthogonal in float32
@@ -163,8 +165,12 @@ def tangent(variant, options, device):
     product, which does not depend on the choice of the basis."""
     torch.manual_seed(0)
     decode = torch.nn.Sequential(
-        torch.nn.Linear(options.latent, 256), torch.nn.SiLU(), torch.nn.Linear(256, 3072),
-        torch.nn.Sigmoid(), torch.nn.Unflatten(1, (3, 32, 32))).to(device)
+        torch.nn.Linear(options.latent, 256),
+        torch.nn.SiLU(),
+        torch.nn.Linear(256, 3072),
+        torch.nn.Sigmoid(),
+        torch.nn.Unflatten(1, (3, 32, 32)),
+    ).to(device)
     z = torch.randn(options.batch, options.latent, device=device)
     find = plain_tangent
     if variant == 'ours':
@@ -173,27 +179,26 @@ def tangent(variant, options, device):
     def once():
         basis = find(decode, z)
         return [(basis[0].T @ basis[1]).square().sum().item()]
+
     return once
 
 
 def plain_information(t, y):
     """[I(T;X) upper, lower, binned, I(T;Y) the same] in bits, as their formulas stand."""
+
     def bound(rows, c):
         norm = rows.square().sum(1)
         s = norm[:, None] + norm - 2 * rows @ rows.T
-        return (math.log(len(rows)) - torch.logsumexp(-s / (c * mi_analysis.VARIANCE), 1)
-                .mean().item()) / math.log(2)
+        return (math.log(len(rows)) - torch.logsumexp(-s / (c * mi_analysis.VARIANCE), 1).mean().item()) / math.log(2)
 
     def cells(rows):
         bins = np.ascontiguousarray((rows / mi_analysis.BIN_WIDTH).floor().int().cpu().numpy())
-        return mi_analysis.entropy(np.unique(bins.view(f'V{4 * bins.shape[1]}'),
-                                             return_counts=True)[1])
+        return mi_analysis.entropy(np.unique(bins.view(f'V{4 * bins.shape[1]}'), return_counts=True)[1])
 
     x, given = [], []
     for estimate in (lambda r: bound(r, 2), lambda r: bound(r, 8), cells):
         x.append(estimate(t))
-        given.append(sum((y == k).double().mean().item() * estimate(t[y == k])
-                         for k in y.unique()))
+        given.append(sum((y == k).double().mean().item() * estimate(t[y == k]) for k in y.unique()))
     return x + [a - b for a, b in zip(x, given)]
 
 
@@ -206,14 +211,14 @@ def information(what, variant, n, d, classes, device):
         t[k::classes].add_(torch.randn(d, generator=generator, device=device))
     t.relu_()
     if what == 'mi-near':
-        t.mul_(0.3 / d ** 0.5)
+        t.mul_(0.3 / d**0.5)
     if variant != 'ours':
         return lambda: plain_information(t.double() if variant == 'library' else t, y)
-    labels = torch.stack([y] + [y[torch.randperm(n, generator=generator, device=device)]
-                                for _ in range(mi_analysis.PERMUTATIONS)])
+    labels = torch.stack(
+        [y] + [y[torch.randperm(n, generator=generator, device=device)] for _ in range(mi_analysis.PERMUTATIONS)]
+    )
     weights = mi_analysis.replicate_weights(n)
-    return lambda: mi_analysis.layer_information(
-        t, labels, classes, weights)['values'][:, 0].tolist()
+    return lambda: mi_analysis.layer_information(t, labels, classes, weights)['values'][:, 0].tolist()
 
 
 def job(name, options, device):
@@ -267,48 +272,55 @@ def job(name, options, device):
                 model(x)
             model(attack()).argmax(1)
         else:
-            common.correct_under(model, x, y, partial(
-                common.pgd, **threat | dict(eps=1e-6, step_size=1e-6),
-                drop_fooled=variant != 'keep'), batch)
+            common.correct_under(
+                model,
+                x,
+                y,
+                partial(common.pgd, **threat | dict(eps=1e-6, step_size=1e-6), drop_fooled=variant != 'keep'),
+                batch,
+            )
 
     def apgd():
-        (plain_apgd(model, x, y, steps) if reference else
-         common.apgd(model, x, y, eps=1e-6, steps=steps))
+        (plain_apgd(model, x, y, steps) if reference else common.apgd(model, x, y, eps=1e-6, steps=steps))
 
     def square():
-        (plain_square(model, x, y, 10 * steps) if reference else
-         common.square(model, x, y, eps=1e-6, queries=10 * steps))
+        (
+            plain_square(model, x, y, 10 * steps)
+            if reference
+            else common.square(model, x, y, eps=1e-6, queries=10 * steps)
+        )
 
     def shapes():
         if not reference:
             return common.make_shapes(batch * 8, 'bench')
         params = common.shape_parameters(batch * 8, torch.Generator().manual_seed(0))
         for i in range(batch * 8):
-            drawn = common.render_shapes({k: v[i:i + 1] for k, v in params.items()})
+            drawn = common.render_shapes({k: v[i : i + 1] for k, v in params.items()})
             noise = common.SHAPES['noise'] * torch.randn(drawn['image'].shape)
             ((drawn['image'] + noise).clamp(0, 1) * 255).round().byte()
 
-    run = dict(pgd=attack, train=train, evaluate=evaluate, apgd=apgd, square=square,
-               shapes=shapes)[what]
+    run = dict(pgd=attack, train=train, evaluate=evaluate, apgd=apgd, square=square, shapes=shapes)[what]
 
     def once():
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             run()
+
     return once
 
 
 def prepare(name, options, device):
     """(the job, which has run once at a small size; memory in MiB that does not count)."""
     what, variant = name.split()
-    small = argparse.Namespace(**vars(options) | dict(
-        batch=min(options.batch, 8), steps=2, samples=200, units=64, latent=2))
+    small = argparse.Namespace(
+        **vars(options) | dict(batch=min(options.batch, 8), steps=2, samples=200, units=64, latent=2)
+    )
     before = 0
     if what.startswith('mi'):
+
         def make(o):
             return information(what, variant, o.samples, o.units, o.classes, device)
     else:
-        make = partial(tangent, variant, device=device) if what == 'tangent' else \
-            partial(job, name, device=device)
+        make = partial(tangent, variant, device=device) if what == 'tangent' else partial(job, name, device=device)
     make(small)()
     once = make(options)
     if what.startswith('mi'):
@@ -318,8 +330,11 @@ def prepare(name, options, device):
 
 def peak(device):
     """MiB so far."""
-    return torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == 'cuda' else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return (
+        torch.cuda.max_memory_allocated() / 2**20
+        if device.type == 'cuda'
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
 
 
 def worker(options):
@@ -345,7 +360,10 @@ def measure(jobs, repeats, arch):
         flags = [str(v) for size, value in sizes.items() for v in ('--' + size, value)]
         workers[key] = subprocess.Popen(
             [sys.executable, __file__, '--worker', name, '--arch', arch, *flags],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
     for _ in range(repeats):
         for key, process in workers.items():
             process.stdin.write('go\n')
@@ -354,9 +372,10 @@ def measure(jobs, repeats, arch):
     for process in workers.values():
         process.stdin.close()
         process.wait()
-    return {key: (sorted(r[0] for r in rows)[len(rows) // 2], max(r[1] for r in rows),
-                  rows[0][2])
-            for key, rows in results.items()}
+    return {
+        key: (sorted(r[0] for r in rows)[len(rows) // 2], max(r[1] for r in rows), rows[0][2])
+        for key, rows in results.items()
+    }
 
 
 def costs(jobs, options):
@@ -369,18 +388,28 @@ def costs(jobs, options):
     print(f"{'job':<18}{'seconds':>9}{'items/s':>10}{'MiB':>8}{'x plain':>9}{'x library':>11}")
     for name, (seconds, memory, found) in table.items():
         what = name.split()[0]
-        items = {'shapes': 8 * options.batch, 'mi': options.samples,
-                 'mi-near': options.samples}.get(what, options.batch)
-        gains = [table[f'{what} {r}'][0] / seconds if f'{what} {r}' in table else None
-                 for r in ('plain', 'library')]
+        items = {'shapes': 8 * options.batch, 'mi': options.samples, 'mi-near': options.samples}.get(
+            what, options.batch
+        )
+        gains = [table[f'{what} {r}'][0] / seconds if f'{what} {r}' in table else None for r in ('plain', 'library')]
         exact = table.get(f'{what} library', table.get(f'{what} plain'))[2]
         error = max(abs(a - b) for a, b in zip(found, exact)) if found and exact else None
-        rows.append(dict(job=name, seconds=seconds, memory_mib=memory, error=error,
-                         items_per_second=items / seconds, times_plain=gains[0],
-                         times_library=gains[1]))
+        rows.append(
+            dict(
+                job=name,
+                seconds=seconds,
+                memory_mib=memory,
+                error=error,
+                items_per_second=items / seconds,
+                times_plain=gains[0],
+                times_library=gains[1],
+            )
+        )
         text = ''.join(f'{g:>{w}.2f}' if g else ' ' * w for g, w in zip(gains, (9, 11)))
-        print(f'{name:<18}{seconds:>9.3f}{items / seconds:>10.1f}{memory:>8.0f}{text}'
-              + (f'   differs from the reference by {error:.1g}' if error is not None else ''))
+        print(
+            f'{name:<18}{seconds:>9.3f}{items / seconds:>10.1f}{memory:>8.0f}{text}'
+            + (f'   differs from the reference by {error:.1g}' if error is not None else '')
+        )
     return rows
 
 
@@ -390,21 +419,29 @@ def growth(jobs, options):
     print(f"\n{'doubled':<24}{'from':>7}{'seconds':>9}{'x time':>8}{'MiB':>8}{'x memory':>10}")
     for what, (variant, doubled) in jobs.items():
         sizes = {'': SMALL} | {size: SMALL | {size: 2 * SMALL[size]} for size in doubled}
-        found = measure({k: (f'{what} {variant}', v) for k, v in sizes.items()},
-                        max(options.repeats, 3), options.arch)
+        found = measure({k: (f'{what} {variant}', v) for k, v in sizes.items()}, max(options.repeats, 3), options.arch)
         seconds, memory, _ = found.pop('')
         for size, (more, larger, _) in found.items():
-            rows.append(dict(job=f'{what} {variant}', doubled=size, size=SMALL[size],
-                             seconds=seconds, times=more / seconds, memory_mib=memory,
-                             times_memory=larger / max(memory, 1e-9)))
-            print(f'{what + " " + variant + ", " + size:<24}{SMALL[size]:>7}{seconds:>9.3f}'
-                  f'{more / seconds:>8.2f}{memory:>8.0f}{rows[-1]["times_memory"]:>10.2f}')
+            rows.append(
+                dict(
+                    job=f'{what} {variant}',
+                    doubled=size,
+                    size=SMALL[size],
+                    seconds=seconds,
+                    times=more / seconds,
+                    memory_mib=memory,
+                    times_memory=larger / max(memory, 1e-9),
+                )
+            )
+            print(
+                f'{what + " " + variant + ", " + size:<24}{SMALL[size]:>7}{seconds:>9.3f}'
+                f'{more / seconds:>8.2f}{memory:>8.0f}{rows[-1]["times_memory"]:>10.2f}'
+            )
     return rows
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arch', default='resnet18')
     parser.add_argument('--batch', type=int, default=128)
     parser.add_argument('--steps', type=int, default=10, help='square has ten times as many queries')
@@ -413,8 +450,7 @@ def main():
     parser.add_argument('--samples', type=int, default=5000, help='N of mi')
     parser.add_argument('--units', type=int, default=16384, help='D of mi')
     parser.add_argument('--latent', type=int, default=16, help='inputs of the decoder of tangent')
-    parser.add_argument('--only', nargs='+', help='of pgd train evaluate apgd square shapes '
-                        'tangent mi mi-near')
+    parser.add_argument('--only', nargs='+', help='of pgd train evaluate apgd square shapes tangent mi mi-near')
     parser.add_argument('--quick', action='store_true')
     parser.add_argument('--no-growth', action='store_true', help='the first table alone')
     parser.add_argument('--out', default='bench.json')
@@ -428,30 +464,50 @@ def main():
     low = {torch.bfloat16: 'bf16', torch.float16: 'fp16'}.get(common.pick_precision(device))
     ours, both = ['fp32'] + ([low] if low else []), ['plain', 'library']
     network, images = ['batch', 'steps', 'classes'], ['batch', 'steps']
-    jobs = dict(pgd=both + ours, train=both + ours + ['cifs'],
-                evaluate=['library', 'keep', 'fp32'], apgd=['plain', 'fp32'],
-                square=['plain', 'fp32'], shapes=['plain', 'fp32'], tangent=['plain', 'ours'],
-                mi=both + ['ours'])
+    jobs = dict(
+        pgd=both + ours,
+        train=both + ours + ['cifs'],
+        evaluate=['library', 'keep', 'fp32'],
+        apgd=['plain', 'fp32'],
+        square=['plain', 'fp32'],
+        shapes=['plain', 'fp32'],
+        tangent=['plain', 'ours'],
+        mi=both + ['ours'],
+    )
     jobs['mi-near'] = both + ['ours']
-    doubled = dict(pgd=(ours[-1], network), train=(ours[-1], images),
-                   evaluate=('fp32', images), apgd=('fp32', network),
-                   square=('fp32', network), shapes=('fp32', ['batch']),
-                   tangent=('ours', ['batch', 'latent']),
-                   mi=('ours', ['samples', 'units', 'classes']))
+    doubled = dict(
+        pgd=(ours[-1], network),
+        train=(ours[-1], images),
+        evaluate=('fp32', images),
+        apgd=('fp32', network),
+        square=('fp32', network),
+        shapes=('fp32', ['batch']),
+        tangent=('ours', ['batch', 'latent']),
+        mi=('ours', ['samples', 'units', 'classes']),
+    )
     doubled['mi-near'] = doubled['mi']
     chosen = set(options.only or jobs)
     if 'tangent' in chosen and not importlib.util.find_spec('dimpled_manifold'):
         print('tangent: skipped, there is no dimpled_manifold.py here')
         chosen.remove('tangent')
-    print(f'\n{options.arch}, batch {options.batch}, {options.steps} steps, {device.type}, '
-          f'{torch.get_num_threads()} threads, torch {torch.__version__}, '
-          f'median of {options.repeats}')
+    print(
+        f'\n{options.arch}, batch {options.batch}, {options.steps} steps, {device.type}, '
+        f'{torch.get_num_threads()} threads, torch {torch.__version__}, '
+        f'median of {options.repeats}'
+    )
     rows = costs({k: v for k, v in jobs.items() if k in chosen}, options)
-    more = [] if options.no_growth else growth(
-        {k: v for k, v in doubled.items() if k in chosen}, options)
-    common.write_json(options.out, dict(options=vars(options), device=device.type,
-                                        threads=torch.get_num_threads(),
-                                        torch=torch.__version__, rows=rows, growth=more))
+    more = [] if options.no_growth else growth({k: v for k, v in doubled.items() if k in chosen}, options)
+    common.write_json(
+        options.out,
+        dict(
+            options=vars(options),
+            device=device.type,
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            rows=rows,
+            growth=more,
+        ),
+    )
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
 """Shared by all tests: the repository root on the path, one thread, real data if it is there."""
+
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 import common  # noqa: E402
+
 # Real data in torchvision's layout: $ADVCNN_DATA, or shared/data beside the repository.
 REAL_DATA = Path(os.environ.get('ADVCNN_DATA', ROOT.parent / 'shared' / 'data'))
 
@@ -23,8 +25,15 @@ def real_data():
 
 @pytest.fixture(autouse=True, scope='session')
 def plain_figures():
-    """Small pictures and no PDF, or drawing takes half of the time of all tests."""
+    """Small pictures, no PDF and short curves, or figures take half of the time of all tests."""
     common.FIGURE_FORMATS, common.STYLE['savefig.dpi'] = ('.png',), 40
+    common.EPS_MULTIPLES = (0, 1, 8)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """An attack without a generator draws from torch's own."""
+    torch.manual_seed(0)
 
 
 def pytest_addoption(parser):

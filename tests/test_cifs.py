@@ -1,4 +1,5 @@
 """cifs.py: the mask against autograd and by hand, losses, measures, the study end to end."""
+
 import argparse
 import copy
 import json
@@ -38,6 +39,7 @@ def network(arm='cifs', **changes):
 
 # ------------------------------------------------------------------------- the relevance
 
+
 @pytest.mark.parametrize('hidden', (0, 7))
 @pytest.mark.parametrize('k', (1, 2, 3))
 def test_relevance_is_the_gradient_of_the_summed_logits_over_each_channel(hidden, k):
@@ -46,7 +48,7 @@ def test_relevance_is_the_gradient_of_the_summed_logits_over_each_channel(hidden
     z = torch.rand(4, 5, 3, 3, dtype=torch.double, requires_grad=True)
     p = probe(z.mean((2, 3)))
     labels = p.topk(k, 1).indices
-    gradient, = torch.autograd.grad(p.gather(1, labels).sum(), z)
+    (gradient,) = torch.autograd.grad(p.gather(1, labels).sum(), z)
     counts = cifs.label_counts(p, None, k)
     with torch.no_grad():  # the closed form needs no graph
         g = probe.relevance(z.mean((2, 3)), counts)
@@ -55,10 +57,9 @@ def test_relevance_is_the_gradient_of_the_summed_logits_over_each_channel(hidden
 
 def test_relevance_of_a_linear_probe_is_the_sum_of_its_rows():
     probe = cifs.Probe(4, 3)
-    counts = torch.tensor([[1., 1, 0], [2, 0, 0]])
+    counts = torch.tensor([[1.0, 1, 0], [2, 0, 0]])
     w = probe.out.weight
-    assert torch.allclose(probe.relevance(torch.rand(2, 4), counts),
-                          torch.stack((w[0] + w[1], 2 * w[0])))
+    assert torch.allclose(probe.relevance(torch.rand(2, 4), counts), torch.stack((w[0] + w[1], 2 * w[0])))
 
 
 def test_relevance_in_bfloat16_follows_float32():
@@ -95,18 +96,22 @@ def test_training_step_in_bfloat16_follows_float32(training):
 
 # ---------------------------------------------------------------------------- the labels
 
-P = torch.tensor([[0., 3, 2, 1], [5, 1, 2, 3]])
+P = torch.tensor([[0.0, 3, 2, 1], [5, 1, 2, 3]])
 
 
-@pytest.mark.parametrize('k,y,distinct,expected', (
-    (2, None, False, [[0, 1, 1, 0], [1, 0, 0, 1]]),         # the top two
-    (1, None, False, [[0, 1, 0, 0], [1, 0, 0, 0]]),
-    (2, [1, 1], False, [[0, 1, 1, 0], [0, 1, 0, 1]]),       # y and the second
-    (2, [0, 2], False, [[1, 0, 1, 0], [0, 0, 1, 1]]),       # the wrong first is left out
-    (2, [2, 3], False, [[0, 0, 2, 0], [0, 0, 0, 2]]),       # y is the second: twice
-    (2, [2, 3], True, [[0, 1, 1, 0], [1, 0, 0, 1]]),        # distinct: the best other class
-    (1, [3, 1], False, [[0, 0, 0, 1], [0, 1, 0, 0]]),
-    (3, [0, 0], False, [[1, 0, 1, 1], [1, 0, 1, 1]])))
+@pytest.mark.parametrize(
+    'k,y,distinct,expected',
+    (
+        (2, None, False, [[0, 1, 1, 0], [1, 0, 0, 1]]),  # the top two
+        (1, None, False, [[0, 1, 0, 0], [1, 0, 0, 0]]),
+        (2, [1, 1], False, [[0, 1, 1, 0], [0, 1, 0, 1]]),  # y and the second
+        (2, [0, 2], False, [[1, 0, 1, 0], [0, 0, 1, 1]]),  # the wrong first is left out
+        (2, [2, 3], False, [[0, 0, 2, 0], [0, 0, 0, 2]]),  # y is the second: twice
+        (2, [2, 3], True, [[0, 1, 1, 0], [1, 0, 0, 1]]),  # distinct: the best other class
+        (1, [3, 1], False, [[0, 0, 0, 1], [0, 1, 0, 0]]),
+        (3, [0, 0], False, [[1, 0, 1, 1], [1, 0, 1, 1]]),
+    ),
+)
 def test_label_rule(k, y, distinct, expected):
     y = None if y is None else torch.tensor(y)
     counts = cifs.label_counts(P, y, k, distinct)
@@ -134,6 +139,7 @@ def test_a_blind_network_never_sees_the_labels():
 
 # ----------------------------------------------------------------------------- the masks
 
+
 def test_importance_functions():
     g = torch.randn(5, 12)
     spec = dict(imgf='softmax', mask_sum=2.0, temperature=1.0, alpha=10.0)
@@ -143,10 +149,10 @@ def test_importance_functions():
     assert torch.allclose(flat / 12, F.softmax(g, 1))
     hot = cifs.importance(g, spec | dict(temperature=0.5))
     assert torch.allclose(hot, 2 * F.softmax(2 * g, 1))
-    assert torch.allclose(cifs.importance(g, spec | dict(imgf='sigmoid')),
-                          1 / (1 + torch.exp(-10 * g)), atol=1e-6)
-    assert torch.allclose(cifs.importance(g, spec | dict(imgf='softplus', alpha=5.0)),
-                          torch.log1p(torch.exp(5 * g)) / 5, atol=1e-5)
+    assert torch.allclose(cifs.importance(g, spec | dict(imgf='sigmoid')), 1 / (1 + torch.exp(-10 * g)), atol=1e-6)
+    assert torch.allclose(
+        cifs.importance(g, spec | dict(imgf='softplus', alpha=5.0)), torch.log1p(torch.exp(5 * g)) / 5, atol=1e-5
+    )
     assert torch.equal(cifs.importance(g, spec | dict(imgf='relu')), g.clamp(min=0))
     assert torch.equal(cifs.importance(g, spec | dict(imgf='identity')), g)
 
@@ -173,8 +179,7 @@ def test_the_head_control_uses_the_heads_rows():
     z = traced['pooled']['stage3']
     second = model.net.fc(z).topk(2, 1).indices[:, 1]
     w = model.net.fc.weight
-    assert torch.allclose(traced['masks']['stage3'], 128 * F.softmax(w[Y] + w[second], 1),
-                          atol=1e-4)
+    assert torch.allclose(traced['masks']['stage3'], 128 * F.softmax(w[Y] + w[second], 1), atol=1e-4)
     assert len(model(X)) == 1  # no probe of its own
 
 
@@ -194,6 +199,7 @@ def test_unmasked_forward_is_the_network(arch, channels):
     def look(place, z):
         seen[place] = z.shape[1]
         return z
+
     with torch.no_grad():
         logits, features = cifs.masked_forward(net, X, look)
         assert torch.allclose(logits, net(X), atol=1e-4)
@@ -205,13 +211,13 @@ def test_wide_resnet_masks_the_residual_path_of_its_last_block_only():
     torch.manual_seed(0)
     net = common.WideResNet(10, depth=16, width=1).eval()
     with torch.no_grad():
-        assert torch.allclose(cifs.masked_forward(net, X, lambda place, z: z)[0], net(X),
-                              atol=1e-4)
+        assert torch.allclose(cifs.masked_forward(net, X, lambda place, z: z)[0], net(X), atol=1e-4)
         got = {}
 
         def silence(place, z):
             got[place] = z
             return 0 * z if place == 'block3' else z
+
         cifs.masked_forward(net, X, silence)
         x = net.block3[:-1](net.block2(net.block1(net.conv1(net.normalize(X)))))
         last = net.block3[-1]  # with its input silenced, the block adds what batch norm adds
@@ -229,6 +235,7 @@ def test_parameters_of_resnet18_with_cifs():
 
 # ------------------------------------------------------------------------- the gradients
 
+
 def test_the_mask_is_a_constant_to_the_input_unless_exact():
     model, loss = network(), cifs.joint_loss(2.0)
     masks = {k: v.detach() for k, v in model.trace(X)['masks'].items()}
@@ -236,6 +243,7 @@ def test_the_mask_is_a_constant_to_the_input_unless_exact():
     def gradient(**options):
         with common.frozen(model):
             return common.loss_and_gradient(lambda v: model(v, **options), X, Y, loss)[2]
+
     assert torch.allclose(gradient(), gradient(masks=masks), atol=1e-7)
     assert not torch.allclose(gradient(), gradient(exact=True), rtol=0.01)
 
@@ -245,11 +253,9 @@ def test_the_exact_gradient_is_the_derivative():
     x, loss = X[:1].double(), cifs.joint_loss(2.0, common.margin)
     with common.frozen(model):
         g = common.loss_and_gradient(lambda v: model(v, exact=True), x, Y[:1], loss)[2]
-        direction = torch.randn(x.shape, dtype=torch.double,
-                                generator=torch.Generator().manual_seed(0))
+        direction = torch.randn(x.shape, dtype=torch.double, generator=torch.Generator().manual_seed(0))
         h = 1e-8  # small, so that no ReLU changes side
-        slope = (loss(model(x + h * direction), Y[:1])
-                 - loss(model(x - h * direction), Y[:1])) / (2 * h)
+        slope = (loss(model(x + h * direction), Y[:1]) - loss(model(x - h * direction), Y[:1])) / (2 * h)
         rough = common.loss_and_gradient(model, x, Y[:1], loss)[2]
     assert torch.allclose((g * direction).sum(), slope.sum(), rtol=1e-4)
     assert not torch.allclose((rough * direction).sum(), slope.sum(), rtol=1e-2)
@@ -298,13 +304,23 @@ def test_square_can_raise_the_masking_flag(monkeypatch):
         net.net.fc.weight.zero_()
         net.net.fc.bias.copy_(torch.eye(10)[3])
     monkeypatch.setattr(common, 'square', lambda model, x, y, **_: 0 * x)
-    monkeypatch.setattr(common, 'correct_under', lambda model, x, y, attack=None, **_: (
-        torch.zeros if attack and getattr(attack, 'func', None) is common.square
-        else torch.ones)(len(y), dtype=torch.bool))
-    trained = dict(best=net.state_dict(), last=net.state_dict(), best_epoch=1, history=[{}],
-                   collapsed=False, seconds=0, precision='')
-    out = cifs.evaluate_arm(args, data, trained, cifs.builder(args, 'cifs'), net, 0,
-                            torch.device('cpu'))
+    monkeypatch.setattr(
+        common,
+        'correct_under',
+        lambda model, x, y, attack=None, **_: (
+            torch.zeros if attack and getattr(attack, 'func', None) is common.square else torch.ones
+        )(len(y), dtype=torch.bool),
+    )
+    trained = dict(
+        best=net.state_dict(),
+        last=net.state_dict(),
+        best_epoch=1,
+        history=[{}],
+        collapsed=False,
+        seconds=0,
+        precision='',
+    )
+    out = cifs.evaluate_arm(args, data, trained, cifs.builder(args, 'cifs'), net, 0, torch.device('cpu'))
     assert out['masking']['black box finds what white box misses'][2]
 
 
@@ -322,19 +338,25 @@ def test_worst_case_counts_images_spared_by_later_attacks_as_lost():
         def attack(model, x, y):
             seen.append(len(x))
             return (x + by).clamp(0, 1)
+
         return attack
+
     names = dict(zip(('fgsm', 'apgd', 'square', 'dlr'), (0.06, 0.11, 0.0, 0.4)))
     which = dict(fgsm='all', apgd='all', square='apgd', dlr='left')
-    correct = cifs.attacked(Brightness(), x, y,
-                            [(n, which[n], brighter(by)) for n, by in names.items()])
+    correct = cifs.attacked(Brightness(), x, y, [(n, which[n], brighter(by)) for n, by in names.items()])
     assert seen == [3, 3, 1, 1]
     assert {k: v.tolist() for k, v in correct.items()} == {
-        'natural': [True, True, True, False], 'fgsm': [True, True, False, False],
-        'apgd': [True, False, False, False], 'square': [True, False, False, False],
-        'dlr': [False] * 4, 'worst': [False] * 4}
+        'natural': [True, True, True, False],
+        'fgsm': [True, True, False, False],
+        'apgd': [True, False, False, False],
+        'square': [True, False, False, False],
+        'dlr': [False] * 4,
+        'worst': [False] * 4,
+    }
 
 
 # ---------------------------------------------------------------------------- the losses
+
 
 def test_joint_weighs_final_and_probes():
     out = (torch.randn(4, 3), torch.randn(4, 3), torch.randn(4, 3))
@@ -344,8 +366,7 @@ def test_joint_weighs_final_and_probes():
     assert torch.allclose(cifs.joint_loss(0.5)(out, y), ce[0] + 0.25 * (ce[1] + ce[2]))
     assert torch.allclose(cifs.joint_loss(7.0)(out[0], y), ce[0])
     kl = cifs.joint(common.kl_divergence, 2.0, out, out[::-1])
-    assert torch.allclose(kl, common.kl_divergence(out[0], out[2])
-                          + common.kl_divergence(out[2], out[0]), atol=1e-6)
+    assert torch.allclose(kl, common.kl_divergence(out[0], out[2]) + common.kl_divergence(out[2], out[0]), atol=1e-6)
 
 
 @pytest.mark.parametrize('training', ('standard', 'pgd', 'trades', 'mart'))
@@ -356,12 +377,13 @@ def test_without_probes_each_training_is_commons(training):
 
     def loss(function):
         return function(copy.deepcopy(net), X, Y, THREAT, torch.Generator().manual_seed(3))
-    assert torch.allclose(loss(cifs.training_loss(training, 0.0)),
-                          loss(common.METHODS[training]), atol=1e-5)
+
+    assert torch.allclose(loss(cifs.training_loss(training, 0.0)), loss(common.METHODS[training]), atol=1e-5)
 
 
 def test_training_keeps_its_scale_over_beta():
     """With final and probes equal, the loss is 3 CE whatever beta, as at the default 2."""
+
     class Same(cifs.CIFS):
         def __init__(self):
             nn.Module.__init__(self)
@@ -369,7 +391,8 @@ def test_training_keeps_its_scale_over_beta():
 
         def forward(self, x, y=None):
             return (x.flatten(1)[:, :10],) * 3
-    losses = [cifs.training_loss('standard', b)(Same(), X, Y, THREAT, None) for b in (.1, 2, 100)]
+
+    losses = [cifs.training_loss('standard', b)(Same(), X, Y, THREAT, None) for b in (0.1, 2, 100)]
     expected = 3 * F.cross_entropy(X.flatten(1)[:, :10], Y)
     assert torch.allclose(torch.stack(losses), expected.expand(3))
 
@@ -381,13 +404,13 @@ def test_fat_stops_where_an_image_is_misclassified():
         def forward(self, x):
             m = x.mean((1, 2, 3))
             return torch.stack((0.5 - m, m - 0.5), 1)
+
     x = torch.tensor([0.9, 0.49, 0.1])[:, None, None, None].expand(3, 3, 4, 4).contiguous()
     y = torch.zeros(3, dtype=torch.long)
     threat = dict(eps=0.1, step_size=0.02, steps=10, norm='linf')
     loss = cifs.training_loss('fat', 0.0)(Dark(), x, y, threat, torch.Generator().manual_seed(0))
     logits = Dark()(x)  # wrong already: as it is; near: just over; far: the whole radius
-    reached = [F.cross_entropy(logits[:1], y[:1]),
-               F.cross_entropy(Dark()(x[2:] + 0.1), y[2:])]
+    reached = [F.cross_entropy(logits[:1], y[:1]), F.cross_entropy(Dark()(x[2:] + 0.1), y[2:])]
     near = 3 * loss - sum(reached)
     assert np.log(2) < near < F.cross_entropy(torch.tensor([[-0.05, 0.05]]), y[:1])
 
@@ -424,19 +447,19 @@ def test_every_ablation_changes_what_it_says():
     arms = cifs.ablation_arms(args)
     specs = {arm: cifs.arm_spec(args, arm) for arm, _ in arms}
     same = {arm for arm, spec in specs.items() if spec == base}
-    assert same == {'cifs, softmax T=1', 'cifs, k=2', 'cifs, both places',
-                    'cifs, nonlinear + linear', 'cifs, beta=2'}
+    assert same == {'cifs, softmax T=1', 'cifs, k=2', 'cifs, both places', 'cifs, nonlinear + linear', 'cifs, beta=2'}
     assert specs['cifs, k=3']['mask_sum'] == 3 and specs['cifs, k=1']['mask_sum'] == 1
     assert len({json.dumps(v) for v in specs.values()}) == len(specs) - 4
 
 
 # -------------------------------------------------------------------------- the measures
 
+
 def test_class_statistics_by_hand():
     """Channels 0 to 3 are PR (weight > 0), 4 and 5 NR."""
-    weight = np.array([4., 3, 2, 1, -1, -2])
-    nat = np.array([8., 2, 4, 2, 1, 1])
-    adv = np.array([6., 1, 4, 1, 3, 1])
+    weight = np.array([4.0, 3, 2, 1, -1, -2])
+    nat = np.array([8.0, 2, 4, 2, 1, 1])
+    adv = np.array([6.0, 1, 4, 1, 3, 1])
     gap, cosine, pr, nr, rho = cifs.class_stats(nat, adv, weight)
     assert gap == pytest.approx(6 / 18)
     assert cosine == pytest.approx((48 + 2 + 16 + 2 + 3 + 1) / np.sqrt(90 * 64))
@@ -447,8 +470,8 @@ def test_class_statistics_by_hand():
 
 
 def test_share_of_negative_channels_by_hand():
-    z = np.array([[1., 2, 3, 4], [1, 1, 1, 1]])
-    relevance = np.array([[1., -1, 0, -2], [1, 1, 1, 1]])
+    z = np.array([[1.0, 2, 3, 4], [1, 1, 1, 1]])
+    relevance = np.array([[1.0, -1, 0, -2], [1, 1, 1, 1]])
     assert cifs.negative_share(z, relevance).tolist() == [0.6, 0.0]
     assert cifs.negative_share(-z, relevance).tolist() == [0.6, 0.0]  # CAS's can be negative
 
@@ -461,16 +484,15 @@ def test_activations_of_a_network_against_a_plain_computation():
     x, y = common.to_float(data.test[0]), data.test[1]
     traced = model.trace(x)
     for k in (0, 7):
-        assert np.allclose(common.unpack(out['nat'])[k],
-                           traced['features'][y == k].mean(0).detach(), atol=1e-4)
+        assert np.allclose(common.unpack(out['nat'])[k], traced['features'][y == k].mean(0).detach(), atol=1e-4)
     assert np.allclose(common.unpack(out['weight']), model.net.fc.weight.detach())
     layer = out['layers']['stage3']  # a linear probe: its relevance is its own rows
-    assert np.allclose(common.unpack(layer['relevance']),
-                       model.probes['stage3'].out.weight.detach(), atol=1e-5)
+    assert np.allclose(common.unpack(layer['relevance']), model.probes['stage3'].out.weight.detach(), atol=1e-5)
     stats = common.unpack(out['stats'])
     assert stats.shape == (1 + cifs.DRAWS, 10, 5)
-    expected = cifs.class_stats(common.unpack(out['nat'])[3], common.unpack(out['adv'])[3],
-                                common.unpack(out['weight'])[3])
+    expected = cifs.class_stats(
+        common.unpack(out['nat'])[3], common.unpack(out['adv'])[3], common.unpack(out['weight'])[3]
+    )
     assert np.allclose(stats[0, 3], expected, atol=1e-4)
     assert common.unpack(layer['after']).shape == (30,)
 
@@ -485,11 +507,15 @@ def synthetic(n, **lost):
     return dict(correct={k: common.pack(v) for k, v in correct.items()}, collapsed=False)
 
 
-@pytest.mark.parametrize('n,square,exact,verdicts', (
-    (250, 0, 0, ('inconclusive', 'inconclusive')),  # nothing found, but few images
-    (2000, 0, 0, ('supported', 'supported')),
-    (2000, 50, 0, ('contradicted', 'supported')),   # the authors' 2.5 points
-    (2000, 0, 50, ('supported', 'contradicted'))))
+@pytest.mark.parametrize(
+    'n,square,exact,verdicts',
+    (
+        (250, 0, 0, ('inconclusive', 'inconclusive')),  # nothing found, but few images
+        (2000, 0, 0, ('supported', 'supported')),
+        (2000, 50, 0, ('contradicted', 'supported')),  # the authors' 2.5 points
+        (2000, 0, 50, ('supported', 'contradicted')),
+    ),
+)
 def test_black_box_verdicts(n, square, exact, verdicts):
     run = synthetic(n, apgd=n // 2, square=square, exact_joint=exact)
     results = dict(config=dict(square_queries=100), test_labels=list(np.arange(n) % 10))
@@ -502,31 +528,75 @@ def test_black_box_verdicts(n, square, exact, verdicts):
 def test_networks_near_chance_prove_nothing():
     y = np.arange(100) % 10
     run = synthetic(100)
-    assert cifs.untrained([run], y) == ''
+    assert common.untrained([run], y) == ''
     run['correct']['natural'] = common.pack((np.arange(100) < 14).astype(np.uint8))
-    assert cifs.untrained([run], y) == 'accuracy near chance'
-    assert cifs.untrained([dict(run, collapsed=True)], y) == 'collapsed model'
+    assert common.untrained([run], y) == 'accuracy near chance'
+    assert common.untrained([dict(run, collapsed=True)], y) == 'collapsed model'
+    collapsed = common.masking_claim('it', [dict(run, collapsed=True, masking={})], y)
+    assert collapsed['verdict'] == 'uninformative: collapsed model'
 
 
 # ----------------------------------------------------------------------------- the study
 
-TINY = ['--train-size', '40', '--test-size', '20', '--epochs', '1', '--batch-size', '20',
-        '--apgd-steps', '2', '--square-queries', '2', '--targeted-steps', '1', '--restarts', '1']
+TINY = [
+    '--train-size',
+    '40',
+    '--test-size',
+    '20',
+    '--epochs',
+    '1',
+    '--batch-size',
+    '20',
+    '--apgd-steps',
+    '2',
+    '--square-queries',
+    '2',
+    '--targeted-steps',
+    '1',
+    '--restarts',
+    '1',
+]
 
 
 def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys):
-    command = TINY + ['--out', str(tmp_path), '--arms', 'vanilla', 'cifs', '--trainings', 'pgd',
-                      'fat', '--ablate', 'probe', '--warm-start', '1']
+    command = TINY + [
+        '--out',
+        str(tmp_path),
+        '--arms',
+        'vanilla',
+        'cifs',
+        '--trainings',
+        'pgd',
+        'fat',
+        '--ablate',
+        'probe',
+        '--warm-start',
+        '1',
+    ]
     cifs.main(command)
     printed = capsys.readouterr().out
     [folder] = (tmp_path / 'cifs').iterdir()
     figures = sorted(p.stem for p in folder.glob('*.png'))
-    assert figures == ['fig1_channel_activations', 'fig2_classes', 'fig3_masks',
-                       'fig4_training', 'fig5_attacks', 'fig6_worst_case', 'fig7_eps',
-                       'fig8_trainings', 'fig9_ablations']
+    assert figures == [
+        'fig1_channel_activations',
+        'fig2_classes',
+        'fig3_masks',
+        'fig4_training',
+        'fig5_attacks',
+        'fig6_worst_case',
+        'fig7_eps',
+        'fig8_trainings',
+        'fig9_ablations',
+    ]
     results = json.loads((folder / 'results.json').read_text())
-    for key in ('pgd/vanilla-s0', 'pgd/cifs-s0', 'fat/cifs-s0', 'fat/vanilla-s0',
-                'pgd/cifs, linear + linear-s0', 'pgd/cifs, nonlinear twice-s0'):
+    for key in (
+        'pgd/vanilla-s0',
+        'pgd/cifs-s0',
+        'fat/cifs-s0',
+        'fat/vanilla-s0',
+        'pgd/cifs, linear + linear-s0',
+        'pgd/cifs, nonlinear twice-s0',
+    ):
         correct = {k: common.unpack(v) for k, v in results[key]['correct'].items()}
         assert all(len(v) == 20 and (correct['worst'] <= v).all() for v in correct.values())
     claims = (folder / 'claims.md').read_text()
@@ -547,8 +617,7 @@ def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys):
 
 
 def test_l2_and_one_arm(tmp_path):
-    cifs.main(TINY + ['--out', str(tmp_path), '--norm', 'l2', '--arms', 'head', '--imgf',
-                      'sigmoid'])
+    cifs.main(TINY + ['--out', str(tmp_path), '--norm', 'l2', '--arms', 'head', '--imgf', 'sigmoid'])
     [folder] = (tmp_path / 'cifs').iterdir()
     results = json.loads((folder / 'results.json').read_text())
     assert 'square' not in results['pgd/head-s0']['correct']

@@ -1,4 +1,5 @@
 """The shapes against geometry, the loaders against their promises."""
+
 import math
 
 import numpy as np
@@ -17,20 +18,24 @@ def draw(outline, n=64, size=64, **fixed):
     return params, common.render_shapes(params, size)
 
 
-@pytest.mark.parametrize('outline,area', (
-    ('disc', math.pi * 0.9 ** 2),
-    ('square', 1.56 ** 2),
-    ('triangle', 3 * math.sqrt(3) / 4),
-    ('ring', math.pi * (0.92 ** 2 - 0.44 ** 2)),
-    ('cross', 2 * 1.9 * 0.6 - 0.6 ** 2),
-    ('star', 5 * 0.42 * math.sin(math.pi / 5)),
-    ('bar', 0.72 * 2.0),
-    ('two discs', 2 * math.pi * 0.5 ** 2)))
+@pytest.mark.parametrize(
+    'outline,area',
+    (
+        ('disc', math.pi * 0.9**2),
+        ('square', 1.56**2),
+        ('triangle', 3 * math.sqrt(3) / 4),
+        ('ring', math.pi * (0.92**2 - 0.44**2)),
+        ('cross', 2 * 1.9 * 0.6 - 0.6**2),
+        ('star', 5 * 0.42 * math.sin(math.pi / 5)),
+        ('bar', 0.72 * 2.0),
+        ('two discs', 2 * math.pi * 0.5**2),
+    ),
+)
 def test_outlines_have_the_area_of_their_figure(outline, area):
     radius = torch.full((1,), 0.7)
     _, drawn = draw(outline, 1, 256, radius=radius)
     measured = drawn['mask'].sum().item() * (2 / 256) ** 2
-    assert measured == pytest.approx(area * 0.7 ** 2, rel=0.02)
+    assert measured == pytest.approx(area * 0.7**2, rel=0.02)
 
 
 def test_outlines_turn_and_move_with_their_parameters():
@@ -99,7 +104,7 @@ def test_the_renderer_is_differentiable():
         return (common.render_shapes(params | dict(center=center), 16)['image'] ** 2).sum()
 
     center = params['center'].clone().requires_grad_()
-    gradient, = torch.autograd.grad(mean_square(center), center)
+    (gradient,) = torch.autograd.grad(mean_square(center), center)
     assert torch.isfinite(gradient).all()
     step = torch.zeros_like(center)
     step[0, 0] = 1e-5
@@ -119,6 +124,7 @@ def test_texture_contrast_and_colour_distance_are_within_their_ranges():
 
 
 # --------------------------------------------------------------------------------- loading
+
 
 def test_splits_are_balanced_disjoint_and_independent_of_the_seed():
     data = common.load_data('shapes', train_size=200, test_size=50)
@@ -150,7 +156,7 @@ def test_augment_gives_each_image_its_own_crop_and_flip():
     candidates = {}
     for top in range(5):
         for left in range(5):
-            crop = padded[top:top + side, left:left + side]
+            crop = padded[top : top + side, left : left + side]
             candidates[tuple(crop.flatten().tolist())] = (top, left, False)
             candidates[tuple(crop.flip(1).flatten().tolist())] = (top, left, True)
     found = [candidates[tuple(image[0].flatten().tolist())] for image in out]
@@ -168,8 +174,9 @@ def test_digits_are_not_flipped():
 def test_train_batches_cover_the_epoch_once_and_repeat_with_the_seed():
     data = common.load_data('shapes', train_size=100, test_size=10)
     cpu = torch.device('cpu')
-    epochs = [[(x, y) for x, y in common.train_batches(
-        data, 30, common.make_generator('e', k), cpu)] for k in (0, 0, 1)]
+    epochs = [
+        [(x, y) for x, y in common.train_batches(data, 30, common.make_generator('e', k), cpu)] for k in (0, 0, 1)
+    ]
     assert [len(y) for _, y in epochs[0]] == [30, 30, 30]
     assert all(torch.equal(a[0], b[0]) for a, b in zip(epochs[0], epochs[1]))
     assert not torch.equal(epochs[0][0][0], epochs[2][0][0])
@@ -182,6 +189,7 @@ def test_train_batches_cover_the_epoch_once_and_repeat_with_the_seed():
 
 def test_an_image_folder_is_streamed(tmp_path):
     from PIL import Image
+
     rng = np.random.default_rng(0)
     for split, n in (('train', 12), ('test', 4)):
         for c in ('cat', 'dog'):
@@ -192,8 +200,7 @@ def test_an_image_folder_is_streamed(tmp_path):
     data = common.load_data(f'folder:{tmp_path}', image_size=32, test_size=6)
     assert data.classes == ('cat', 'dog') and data.shape == (3, 32, 32)
     assert len(data.test[1]) == 6 and data.test[1].bincount().tolist() == [3, 3]
-    batches = list(common.train_batches(data, 8, common.make_generator('f'),
-                                        torch.device('cpu')))
+    batches = list(common.train_batches(data, 8, common.make_generator('f'), torch.device('cpu')))
     assert batches and all(x.shape == (8, 3, 32, 32) for x, _ in batches)
     with pytest.raises(common.UserError, match='train/ and test/'):
         common.load_data(f'folder:{tmp_path}/train', image_size=32)
@@ -205,8 +212,7 @@ def test_real_cifar10(real_data):
     assert data.test[1].bincount().tolist() == [1000] * 10
     assert data.classes[3] == 'cat'
     mean = to_unit(data.train[0]).mean((0, 2, 3))
-    assert torch.allclose(mean, torch.tensor([0.4914, 0.4822, 0.4465]).double(),
-                          atol=2e-3)  # well known
+    assert torch.allclose(mean, torch.tensor([0.4914, 0.4822, 0.4465]).double(), atol=2e-3)  # well known
 
 
 def test_real_mnist_and_svhn(real_data):

@@ -1,4 +1,5 @@
 """dimpled_manifold.py: geometry in closed form, restricted attacks, nulls, verdicts, a small run."""
+
 import json
 import math
 import types
@@ -14,10 +15,42 @@ import common
 import dimpled_manifold as dm
 from common import pack, unpack
 
-TINY = ['--train-size', '200', '--test-size', '40', '--epochs', '1', '--steps', '1', '--latent', '4',
-        '2', '--ae-epochs', '1', '--images', '30', '--attack-steps', '8', '--replicas', '3',
-        '--net-steps', '120', '--checkpoints', '4', '--watched', '10', '--wrong-steps', '2',
-        '--sizes', '0.2', '0.4', '0.6', '1', '--device', 'cpu']
+TINY = [
+    '--train-size',
+    '200',
+    '--test-size',
+    '40',
+    '--epochs',
+    '1',
+    '--steps',
+    '1',
+    '--latent',
+    '4',
+    '2',
+    '--ae-epochs',
+    '1',
+    '--images',
+    '30',
+    '--attack-steps',
+    '8',
+    '--replicas',
+    '3',
+    '--net-steps',
+    '120',
+    '--checkpoints',
+    '4',
+    '--watched',
+    '10',
+    '--wrong-steps',
+    '2',
+    '--sizes',
+    '0.2',
+    '0.4',
+    '0.6',
+    '1',
+    '--device',
+    'cpu',
+]
 
 
 def randn(*shape, seed=0):
@@ -31,6 +64,7 @@ def fewer_draws(monkeypatch):
 
 # ------------------------------------------------------------------------------- projectors
 
+
 def test_projectors_are_projectors():
     columns = randn(5, 40, 6)
     basis = dm.orthonormal(columns)[0]
@@ -40,8 +74,7 @@ def test_projectors_are_projectors():
     assert torch.allclose(on(on(v)), on(v), atol=1e-5)
     assert torch.allclose(on(off(v)), torch.zeros(5, 40), atol=1e-5)
     assert torch.allclose((on(v) * w).sum(1), (v * on(w)).sum(1), atol=1e-4)
-    assert torch.allclose(on(v).square().sum(1) + off(v).square().sum(1), v.square().sum(1),
-                          rtol=1e-5)
+    assert torch.allclose(on(v).square().sum(1) + off(v).square().sum(1), v.square().sum(1), rtol=1e-5)
     inside = (columns @ randn(5, 6, 1, seed=3))[..., 0]
     assert torch.allclose(on(inside), inside, atol=1e-4)
     assert torch.allclose(dm.energy(inside, basis), torch.ones(5), atol=1e-5)
@@ -58,7 +91,7 @@ def test_orthonormal_agrees_with_a_singular_value_decomposition():
 def test_ignored_latents_are_cut_and_leave_zero_columns():
     columns = randn(2, 20, 4)
     columns[:, :, 2] = columns[:, :, 0] * 2  # rank 3
-    columns[:, :, 3] *= 1e-6                 # and one direction that is noise
+    columns[:, :, 3] *= 1e-6  # and one direction that is noise
     basis = dm.orthonormal(columns)[0]
     assert (basis.square().sum(1) > 0.5).sum(1).tolist() == [2, 2]
     assert torch.allclose(basis.square().sum(1)[:, 2:], torch.zeros(2, 2), atol=1e-6)
@@ -107,8 +140,7 @@ def test_the_renderers_tangent_is_its_derivative(monkeypatch):
         for i in range(params[key][0].numel()):
             direction = torch.zeros_like(params[key])
             direction.view(len(direction), -1)[:, i] = 1
-            _, exact = jvp(lambda v: common.render_shapes({**fixed, key: v})['image'],
-                           (params[key],), (direction,))
+            _, exact = jvp(lambda v: common.render_shapes({**fixed, key: v})['image'], (params[key],), (direction,))
             error = (found[..., place] - exact.flatten(1)).abs()
             # pixels on a kink of the drawing have two one-sided derivatives
             assert (error > 1e-3).float().mean() < 2e-3, key
@@ -119,7 +151,7 @@ def test_the_renderers_tangent_is_its_derivative(monkeypatch):
 def test_background_colour_moves_the_background_alone():
     params = common.shape_parameters(10, common.make_generator('x'))
     columns = dm.true_jacobian(params, 32)
-    first = sum(params[k][0].numel() for k in dm.SMOOTH[:dm.SMOOTH.index('background')])
+    first = sum(params[k][0].numel() for k in dm.SMOOTH[: dm.SMOOTH.index('background')])
     mask = common.render_shapes(params)['mask'].flatten(1)
     moved = columns[..., first].view(10, 3, -1)
     assert torch.allclose(moved[:, 0], 1 - mask, atol=1e-3)
@@ -130,14 +162,13 @@ def test_background_colour_moves_the_background_alone():
 
 # -------------------------------------------------------------------------------------- nulls
 
+
 def test_the_energy_in_random_subspaces_is_a_beta_law():
     g = randn(1, 60)
-    drawn = dm.energy(g.expand(3000, 60), dm.random_basis(
-        3000, 60, 6, torch.Generator().manual_seed(0))).numpy()
+    drawn = dm.energy(g.expand(3000, 60), dm.random_basis(3000, 60, 6, torch.Generator().manual_seed(0))).numpy()
     law = dm.chance_energy(6, 60, 1, draws=20000)
     assert drawn.mean() == pytest.approx(0.1, abs=0.003)
-    assert np.quantile(drawn, (0.1, 0.5, 0.9)) == pytest.approx(
-        np.quantile(law, (0.1, 0.5, 0.9)), abs=0.005)
+    assert np.quantile(drawn, (0.1, 0.5, 0.9)) == pytest.approx(np.quantile(law, (0.1, 0.5, 0.9)), abs=0.005)
     # the median over many images hardly varies
     assert np.std(dm.chance_energy(6, 60, 400)) < 0.1 * np.std(law)
 
@@ -167,8 +198,7 @@ def test_low_pass_directions_hold_no_high_frequency():
 def test_power_is_the_energy_of_the_image():
     for size in (8, 9):
         image = randn(2, size, size)
-        assert torch.allclose(dm.power(image).sum((1, 2)) / size ** 2,
-                              image.square().sum((1, 2)), rtol=1e-4)
+        assert torch.allclose(dm.power(image).sum((1, 2)) / size**2, image.square().sum((1, 2)), rtol=1e-4)
 
 
 def test_principal_directions_hold_the_most_variance():
@@ -177,8 +207,7 @@ def test_principal_directions_hold_the_most_variance():
         basis = dm.principal_basis(x, 4)[0]
         centred = x - x.mean(0)
         s = torch.linalg.svdvals(centred)
-        assert (centred @ basis).square().sum().item() == pytest.approx(
-            s[:4].square().sum().item(), rel=1e-4)
+        assert (centred @ basis).square().sum().item() == pytest.approx(s[:4].square().sum().item(), rel=1e-4)
 
 
 def test_other_images():
@@ -192,6 +221,7 @@ def test_other_images():
 
 # ------------------------------------------------------------------- smallest perturbations
 
+
 def linear(w, b):
     """Two classes, whose boundary is w x + b = 0."""
     return lambda v: torch.stack((torch.zeros(len(v)), v @ w + b), 1)
@@ -203,8 +233,11 @@ def test_distances_to_a_linear_boundary_are_exact():
     y = score(x).argmax(1)
     basis = dm.random_basis(8, 50, 5, torch.Generator().manual_seed(2))
     margin = (x @ w + 0.3).abs()
-    for name, projected in (('regular', w.expand(8, 50)), ('on', dm.onto(basis)(w.expand(8, 50))),
-                            ('off', dm.off(basis)(w.expand(8, 50)))):
+    for name, projected in (
+        ('regular', w.expand(8, 50)),
+        ('on', dm.onto(basis)(w.expand(8, 50))),
+        ('off', dm.off(basis)(w.expand(8, 50))),
+    ):
         projector = None if name == 'regular' else dm.projectors(basis)[name]
         delta, norm, _ = dm.smallest_perturbation(score, x, y, projector, cap=100.0)
         assert torch.allclose(norm, margin / projected.norm(dim=1), rtol=2e-3), name
@@ -221,12 +254,19 @@ def test_distances_to_a_quadratic_boundary():
         return torch.stack((torch.zeros(len(v)), (scale * v).square().sum(1) - 4), 1)
 
     x = torch.tensor([[0.5, 0.2, 0.1, 0.3], [0.9, 0.4, -1.0, 0.1]])
-    _, norm, _ = dm.smallest_perturbation(score, x, torch.zeros(2, dtype=torch.long), cap=0.2,
-                                          refine=20)
+    _, norm, _ = dm.smallest_perturbation(score, x, torch.zeros(2, dtype=torch.long), cap=0.2, refine=20)
     for point, found in zip(x.numpy(), norm):
-        best = min((minimize(lambda p: np.square(p - point).sum(), point + start, constraints=dict(
-            type='eq', fun=lambda p: np.square(scale.numpy() * p).sum() - 4))
-            for start in np.eye(4)), key=lambda r: r.fun)
+        best = min(
+            (
+                minimize(
+                    lambda p: np.square(p - point).sum(),
+                    point + start,
+                    constraints=dict(type='eq', fun=lambda p: np.square(scale.numpy() * p).sum() - 4),
+                )
+                for start in np.eye(4)
+            ),
+            key=lambda r: r.fun,
+        )
         assert found.item() == pytest.approx(math.sqrt(best.fun), rel=0.02)
 
 
@@ -241,8 +281,7 @@ def test_a_sphere_from_its_inside():
     assert torch.allclose(norm, torch.full((6,), 0.4), rtol=1e-3)
     # tangentially from 0.6, the sphere is sqrt(1 - 0.36) away
     basis = dm.orthonormal(torch.linalg.svd(x[:, None], full_matrices=True)[2][:, 1:].mT)[0]
-    _, norm, _ = dm.smallest_perturbation(score, x + 1e-4 * basis[..., 0], y,
-                                          dm.projectors(basis)['on'], cap=0.05)
+    _, norm, _ = dm.smallest_perturbation(score, x + 1e-4 * basis[..., 0], y, dm.projectors(basis)['on'], cap=0.05)
     assert torch.allclose(norm, torch.full((6,), 0.8), rtol=2e-3)
 
 
@@ -268,8 +307,9 @@ def test_one_image_does_not_depend_on_the_others():
     basis = dm.random_basis(9, 20, 4, torch.Generator().manual_seed(0))
     _, norm, _ = dm.smallest_perturbation(net, x, y, dm.projectors(basis)['on'], cap=0.2)
     for i in range(0, 9, 4):
-        _, alone, _ = dm.smallest_perturbation(net, x[i:i + 1], y[i:i + 1],
-                                               dm.projectors(basis[i:i + 1])['on'], cap=0.2)
+        _, alone, _ = dm.smallest_perturbation(
+            net, x[i : i + 1], y[i : i + 1], dm.projectors(basis[i : i + 1])['on'], cap=0.2
+        )
         assert alone.item() == pytest.approx(norm[i].item(), rel=1e-3)
 
 
@@ -280,19 +320,21 @@ def test_dykstra_solves_the_quadratic_programme():
         basis = dm.random_basis(1, 6, 3, torch.Generator().manual_seed(seed))
         x = torch.tensor(rng.uniform(0.1, 0.9, (1, 6)), dtype=torch.float32)
         delta = dm.onto(basis)(randn(1, 6, seed=seed) * 2)
-        found, leak = dm.into_box(delta, x, lambda rows: dm.onto(basis), rounds=3000,
-                                  tolerance=1e-5)
+        found, leak = dm.into_box(delta, x, lambda rows: dm.onto(basis), rounds=3000, tolerance=1e-5)
         u, goal, at = basis[0].double().numpy(), delta[0].double().numpy(), x[0].double().numpy()
-        best = minimize(lambda a: np.square(u @ a - goal).sum(), np.zeros(3), method='SLSQP',
-                        constraints=[dict(type='ineq', fun=lambda a: u @ a + at),
-                                     dict(type='ineq', fun=lambda a: 1 - at - u @ a)])
+        best = minimize(
+            lambda a: np.square(u @ a - goal).sum(),
+            np.zeros(3),
+            method='SLSQP',
+            constraints=[dict(type='ineq', fun=lambda a: u @ a + at), dict(type='ineq', fun=lambda a: 1 - at - u @ a)],
+        )
         assert found[0].numpy() == pytest.approx(u @ best.x, abs=2e-3)
         assert leak.item() <= 1e-5
 
 
 def test_the_box_is_kept_and_the_leak_is_told():
     x = torch.tensor([[0.0, 0.5, 0.5], [0.5, 0.5, 0.5]])
-    basis = torch.tensor([-1.0, 1.0, 0.0]).div(2 ** 0.5)[None, :, None]
+    basis = torch.tensor([-1.0, 1.0, 0.0]).div(2**0.5)[None, :, None]
     delta = torch.tensor([[-0.4, 0.4, 0.0], [-0.2, 0.2, 0.0]])
     out, leak = dm.into_box(delta, x, lambda rows: dm.onto(basis), rounds=1)
     assert (x + out >= 0).all() and (x + out <= 1).all()
@@ -301,6 +343,7 @@ def test_the_box_is_kept_and_the_leak_is_told():
 
 
 # ---------------------------------------------------------------------- networks on points
+
 
 def test_the_points_are_the_papers():
     line, chess, diagonal = dm.line_points(), dm.chessboard(), dm.diagonal_points()
@@ -313,8 +356,7 @@ def test_the_points_are_the_papers():
         near = torch.cdist(problem['x'], problem['x']).fill_diagonal_(9).min()
         assert near.item() / 2 == pytest.approx(problem['half_gap'], rel=1e-5)
         # neighbours differ in label, and the normal is one
-        i, j = (torch.cdist(problem['x'], problem['x']) < near + 1e-4).fill_diagonal_(
-            False).nonzero().T
+        i, j = (torch.cdist(problem['x'], problem['x']) < near + 1e-4).fill_diagonal_(False).nonzero().T
         assert (problem['y'][i] != problem['y'][j]).all()
         spread = (problem['x'] - problem['x'].mean(0)) @ torch.tensor(problem['normal'])
         assert spread.abs().max() < 1e-6
@@ -323,8 +365,7 @@ def test_the_points_are_the_papers():
 
 def linear_net(w, b):
     """One network without hidden layer: w x + b."""
-    return [torch.tensor(w, dtype=torch.float32).view(1, -1, 1),
-            torch.tensor([[[float(b)]]])]
+    return [torch.tensor(w, dtype=torch.float32).view(1, -1, 1), torch.tensor([[[float(b)]]])]
 
 
 def test_probes_of_a_straight_boundary():
@@ -335,8 +376,7 @@ def test_probes_of_a_straight_boundary():
     offset = 0.45 + 0.2 * x[:, 0] - 0.5
     assert found['offset'][0] == pytest.approx(offset, abs=1e-3)
     assert found['height'][0] == pytest.approx(-offset * problem['y'].numpy(), abs=1e-3)
-    assert found['distance'][0] == pytest.approx(
-        np.abs(offset).mean() / math.hypot(1, 0.2), abs=2e-3)
+    assert found['distance'][0] == pytest.approx(np.abs(offset).mean() / math.hypot(1, 0.2), abs=2e-3)
     assert found['tilt'][0] == pytest.approx(math.degrees(math.atan(0.2)), abs=0.5)
     assert found['perpendicular'][0] == pytest.approx(1 / math.hypot(1, 0.2), abs=1e-4)
     assert found['graph'][0] == 1
@@ -369,8 +409,9 @@ def test_the_official_animation_clings_before_it_fits():
     assert found['lowest'] == pytest.approx(0.023 / 0.714)
     assert 25 < found['cling'] < 30  # the table has .060 and .030 there; frames say 27
     # the reading has no unit of its own
-    scaled = dm.phases(7 * np.array(dm.OFFICIAL['epoch']), 3 * np.array(dm.OFFICIAL['distance']),
-                       3 * 0.125, 7 * dm.OFFICIAL_FIT)
+    scaled = dm.phases(
+        7 * np.array(dm.OFFICIAL['epoch']), 3 * np.array(dm.OFFICIAL['distance']), 3 * 0.125, 7 * dm.OFFICIAL_FIT
+    )
     assert scaled['cling'] == pytest.approx(7 * found['cling'])
     assert scaled['lowest'] == pytest.approx(found['lowest'])
 
@@ -388,7 +429,7 @@ def test_phases_of_other_curves():
 
 def test_initial_weights_are_pytorchs_and_scale_with_the_gain():
     nets = dm.init_nets([0, 1, 0], (2, 400, 1), [1.0, 1.0, 5.0])
-    assert 0.69 < nets[0][:2].abs().max() <= 1 / 2 ** 0.5
+    assert 0.69 < nets[0][:2].abs().max() <= 1 / 2**0.5
     assert nets[2][:2].abs().max() <= 1 / 20 and nets[3].shape == (3, 1, 1)
     assert torch.allclose(nets[0][2], 5 * nets[0][0]) and torch.allclose(nets[1][2], 5 * nets[1][0])
     assert not torch.allclose(nets[0][0], nets[0][1])
@@ -400,7 +441,7 @@ def test_stacked_networks_equal_single_ones_trained_by_torch():
     problem = dm.line_points()
     nets = dm.init_nets([0, 1], dm.LINE, [1.0, 2.0])
     rate = dm.steady_rate(nets, problem)
-    _, _, last = dm.train_nets(nets, problem, 20, rate, stretch=10 ** 9)
+    _, _, last = dm.train_nets(nets, problem, 20, rate, stretch=10**9)
     for r in range(2):
         own = [p[r].clone().requires_grad_() for p in nets]
         optimizer = torch.optim.SGD(own, rate[r].item(), momentum=0.9)
@@ -426,8 +467,7 @@ def test_the_rate_is_that_of_the_tangent_kernel():
 def test_events_of_a_training():
     problem = dm.line_points()
     nets = dm.init_nets([0, 1, 2], dm.LINE, 1.0)
-    curve, events, _ = dm.train_nets(nets, problem, 3000, dm.steady_rate(nets, problem), stretch=2,
-                                     marks=[0, 5])
+    curve, events, _ = dm.train_nets(nets, problem, 3000, dm.steady_rate(nets, problem), stretch=2, marks=[0, 5])
     assert list(curve) == [0, 5] and torch.equal(curve[0][0], nets[0])
     fit, then = events['fit']
     assert (fit > 0).all()
@@ -462,13 +502,12 @@ def test_a_decay_shrinks_the_weights_and_adversarial_training_is_per_network():
     problem = dm.line_points()
     nets = dm.init_nets([0, 0], dm.LINE, 4.0)
     decay = torch.tensor([0.0, 0.05]).view(-1, 1, 1)
-    _, _, last = dm.train_nets(nets, problem, 400, dm.steady_rate(nets, problem), decay=decay,
-                               stretch=10 ** 9)
+    _, _, last = dm.train_nets(nets, problem, 400, dm.steady_rate(nets, problem), decay=decay, stretch=10**9)
     assert last[2][1].norm() < 0.95 * last[2][0].norm()
-    _, _, mixed = dm.train_nets(nets, problem, 50, dm.steady_rate(nets, problem),
-                                eps=torch.tensor([0.0, 0.1]), stretch=10 ** 9)
-    _, _, clean = dm.train_nets(nets, problem, 50, dm.steady_rate(nets, problem),
-                                stretch=10 ** 9)
+    _, _, mixed = dm.train_nets(
+        nets, problem, 50, dm.steady_rate(nets, problem), eps=torch.tensor([0.0, 0.1]), stretch=10**9
+    )
+    _, _, clean = dm.train_nets(nets, problem, 50, dm.steady_rate(nets, problem), stretch=10**9)
     assert torch.allclose(mixed[0][0], clean[0][0], atol=1e-6)
     assert not torch.allclose(mixed[0][1], clean[0][1], atol=1e-4)
 
@@ -479,20 +518,24 @@ def test_the_mirror_argument_moves_points_across_the_boundary():
     args = types.SimpleNamespace(net_steps=300)
     problem = dm.line_points()
     out = dm.mirror_argument(args, problem, linear_net([0.0, 1.0], -0.6), dm.LINE, 1.0)
-    assert out['networks'] == 1 and set(out) == {'networks', *(
-        f'{c:g}{end}' for c in dm.MOVES for end in ('', ' random'))}
+    assert out['networks'] == 1 and set(out) == {
+        'networks',
+        *(f'{c:g}{end}' for c in dm.MOVES for end in ('', ' random')),
+    }
     none = dm.mirror_argument(args, problem, linear_net([0.0, 1.0], -50.0), dm.LINE, 1.0)
     assert none == {'networks': 0}
 
 
 # ---------------------------------------------------------------------- a known plane (V11)
 
+
 def test_rows_of_the_plane_change_one_thing_each():
     rows = dm.plane_rows()
     base = dict(n=128, gain=1.0, decay=0.0, noise=0.0)
     for row in rows:
         changed = {k for k in base if row[k] != base[k]} - {'gain'} | (
-            {'gain'} if row['sweep'] == 'gain' and row['gain'] != 1 else set())
+            {'gain'} if row['sweep'] == 'gain' and row['gain'] != 1 else set()
+        )
         assert len(changed) <= 1, row
     assert {r['n'] for r in rows if r['sweep'] == 'n, fixed variance'} == {16, 32, 64, 128, 256}
 
@@ -529,8 +572,7 @@ def test_a_direction_that_is_rounding_is_none():
     basis = torch.linalg.qr(randn(6, 6))[0][None]
     w, x = randn(6, seed=1), randn(4, 6, seed=2)
     score = linear(w, 0.1)
-    _, norm, _ = dm.smallest_perturbation(score, x, score(x).argmax(1),
-                                          dm.projectors(basis)['off'], cap=1.0)
+    _, norm, _ = dm.smallest_perturbation(score, x, score(x).argmax(1), dm.projectors(basis)['off'], cap=1.0)
     assert torch.isinf(norm).all()
 
 
@@ -543,6 +585,7 @@ def test_a_missing_null_is_left_out():
 
 
 # ------------------------------------------------------------------------------ the study
+
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
@@ -558,10 +601,22 @@ def finished(tmp_path_factory):
     return folder, json.loads((folder / 'results.json').read_text()), out
 
 
-FIGURES = ('fig1_evolution', 'fig2_phases', 'fig3_initialisation', 'fig4_chessboard',
-           'fig5_remedies', 'fig6_gallery', 'fig7_norms', 'fig8_chance', 'fig9_dimension',
-           'fig10_training', 'fig11_wrong_labels', 'fig12_causes', 'fig13_appearance',
-           'fig14_sizes')
+FIGURES = (
+    'fig1_evolution',
+    'fig2_phases',
+    'fig3_initialisation',
+    'fig4_chessboard',
+    'fig5_remedies',
+    'fig6_gallery',
+    'fig7_norms',
+    'fig8_chance',
+    'fig9_dimension',
+    'fig10_training',
+    'fig11_wrong_labels',
+    'fig12_causes',
+    'fig13_appearance',
+    'fig14_sizes',
+)
 
 
 def test_the_study_runs_and_redraws(finished, tmp_path, capsys):
@@ -607,47 +662,56 @@ def test_an_autoencoder_continues_where_it_stopped(tmp_path, monkeypatch):
         dm.train_autoencoder(args, data, 3, torch.device('cpu'))
     again, resumed = dm.train_autoencoder(args, data, 3, torch.device('cpu'))
     assert len(calls) == 3 and [h['loss'] for h in resumed] == [h['loss'] for h in history]
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(),
-                                                 again.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
     calls[0].write_bytes(b'nothing')
     with pytest.raises(common.UserError, match='not a readable checkpoint'):
         dm.train_autoencoder(args, data, 3, torch.device('cpu'))
 
 
 def test_weights_are_kept_within_an_epoch(tmp_path):
-    args = common.parse(dm.make_parser(), [
-        '--train-size', '200', '--epochs', '2', '--batch-size', '50', '--checkpoints', '6',
-        '--device', 'cpu', '--out', str(tmp_path)])
+    args = common.parse(
+        dm.make_parser(),
+        [
+            '--train-size',
+            '200',
+            '--epochs',
+            '2',
+            '--batch-size',
+            '50',
+            '--checkpoints',
+            '6',
+            '--device',
+            'cpu',
+            '--out',
+            str(tmp_path),
+        ],
+    )
     data = common.load_data('shapes', train_size=200, test_size=40)
     keep = dm.checkpoints(args, data)
     assert keep[0] == 0 and keep[-1] == 2 and keep[1] == 0.25 and sorted(set(keep)) == list(keep)
     result = common.train_model(args, data, 'standard', 0, torch.device('cpu'), keep=keep)
-    states = {e: common.restore(result, e, args, data, torch.device('cpu')).fc.weight
-              for e in keep}
+    states = {e: common.restore(result, e, args, data, torch.device('cpu')).fc.weight for e in keep}
     assert torch.equal(states[2], result['last']['fc.weight'])
     for a, b in zip(keep, keep[1:]):
         assert not torch.equal(states[a], states[b])
 
 
 def test_parts_of_a_perturbation_have_equal_norms_and_keep_their_subspace(tmp_path, monkeypatch):
-    args = common.parse(dm.make_parser(), [*TINY, '--out', str(tmp_path), '--wrong-eps', '2',
-                                           '--wrong-steps', '5'])
+    args = common.parse(dm.make_parser(), [*TINY, '--out', str(tmp_path), '--wrong-eps', '2', '--wrong-steps', '5'])
     data = common.load_data('shapes', train_size=60, test_size=40)
     torch.manual_seed(0)
     autoencoder = dm.Autoencoder(data.shape, 4).eval().requires_grad_(False)
     model = common.make_model('small-cnn').eval()
     found = dm.wrong_images(args, data, model, autoencoder, 0, torch.device('cpu'))
     x = common.to_float(data.train[0]).flatten(1)
-    basis = dm.tangent_basis(autoencoder.decode, autoencoder.encode(common.to_float(
-        data.train[0])))
+    basis = dm.tangent_basis(autoencoder.decode, autoencoder.encode(common.to_float(data.train[0])))
     deltas = {k: common.to_float(v[0]).flatten(1) - x for k, v in found.items()}
     size = deltas['random'].norm(dim=1)
     assert size.max() <= 2.05
     inside = {k: dm.energy(v, basis).median().item() for k, v in deltas.items()}
     assert inside['random, on only'] > 0.9 and inside['random, off only'] < 0.01
     for arm in ('random, off only', 'random, random subspace'):
-        assert deltas[arm].norm(dim=1).median().item() == pytest.approx(
-            size.median().item(), rel=0.1), arm
+        assert deltas[arm].norm(dim=1).median().item() == pytest.approx(size.median().item(), rel=0.1), arm
     assert deltas['random, eps x 0.5'].norm(dim=1).median() < 0.7 * size.median()
     assert torch.equal(found['shifted'][1], (data.train[1] + 1) % 10)
     assert torch.equal(found['random'][1], found['random, off only'][1])
@@ -656,6 +720,7 @@ def test_parts_of_a_perturbation_have_equal_norms_and_keep_their_subspace(tmp_pa
 
 
 # ------------------------------------------------------------------------------ the verdicts
+
 
 def verdict(claims, start):
     rows = [c for c in claims if c['claim'].startswith(start)]
@@ -700,23 +765,25 @@ def with_norms(results, n=100, **changes):
             for key in found:
                 name = key.split(' ', 1)[-1]
                 if key.startswith(('norm', 'boxed')):
-                    factor = {'regular': 1.0, 'on': 1 / np.sqrt(energies), 'latent': 5.0,
-                              'off': 1 / np.sqrt(1 - energies)}.get(name, math.sqrt(768) * jitter)
+                    factor = {
+                        'regular': 1.0,
+                        'on': 1 / np.sqrt(energies),
+                        'latent': 5.0,
+                        'off': 1 / np.sqrt(1 - energies),
+                    }.get(name, math.sqrt(768) * jitter)
                     made[key] = base * factor
                 elif key.startswith('energy'):
                     made[key] = energies if name == 'on' else 4 / 3072 * jitter
                 elif key.startswith(('leak', 'outside')):
                     made[key] = np.zeros(n)
             made |= {k: v for k, v in changes.items() if k in made}
-            out['images-s0'][network][kind] = {k: pack(v.astype(np.float32))
-                                               for k, v in made.items()}
+            out['images-s0'][network][kind] = {k: pack(v.astype(np.float32)) for k, v in made.items()}
     return out
 
 
 def test_verdicts_on_angles_and_norms(finished, tmp_path):
     claims = dm.judge(with_norms(finished[1], share=0.2 * 4 / 3072), tmp_path)
-    for start in ('V6a', 'V6b', 'V7a', 'V7b', 'V7c Dearer than counting: norm in T over norm in a '
-                  'random'):
+    for start in ('V6a', 'V6b', 'V7a', 'V7b', 'V7c Dearer than counting: norm in T over norm in a random'):
         assert verdict(claims, start) == 'supported', start
     claims = dm.judge(with_norms(finished[1], share=20 * 4 / 3072), tmp_path)
     assert verdict(claims, 'V6a') == 'supported'  # nearly perpendicular ...
@@ -731,11 +798,9 @@ def test_verdicts_on_angles_and_norms(finished, tmp_path):
 def test_failed_attacks_off_the_manifold_contradict(finished, tmp_path):
     failed = np.full(100, 0.41)  # longer than any regular one
     failed[:10] = np.inf
-    claims = dm.judge(with_norms(finished[1], share=0.2 * 4 / 3072,
-                                        **{'norm off': failed}), tmp_path)
+    claims = dm.judge(with_norms(finished[1], share=0.2 * 4 / 3072, **{'norm off': failed}), tmp_path)
     assert verdict(claims, 'V7a') == 'contradicted'
-    claims = dm.judge(with_norms(finished[1], share=0.2 * 4 / 3072,
-                                        **{'norm on': np.full(100, 0.1)}), tmp_path)
+    claims = dm.judge(with_norms(finished[1], share=0.2 * 4 / 3072, **{'norm on': np.full(100, 0.1)}), tmp_path)
     assert verdict(claims, 'The unrestricted attack') == 'contradicted'  # the search failed
     assert verdict(claims, 'V7a').startswith('uninformative')
     few = np.zeros(100)
@@ -768,15 +833,21 @@ def with_labels(results, rates, n=400):
     out = json.loads(json.dumps(results))
     for arm, rate in rates.items():
         correct = np.zeros(n, np.uint8)
-        correct[:round(rate * n)] = 1
+        correct[: round(rate * n)] = 1
         out['labels-s0'][arm]['correct'] = pack(correct)
     return out
 
 
 def test_verdicts_on_wrong_labels(finished, tmp_path):
-    full = {'random': 0.6, 'shifted': 0.4, 'random, off only': 0.6, 'random, on only': 0.12,
-            'random, random subspace': 0.1, 'random, eps x 0.5': 0.3, 
-            'wrong, unperturbed': 0.2}
+    full = {
+        'random': 0.6,
+        'shifted': 0.4,
+        'random, off only': 0.6,
+        'random, on only': 0.12,
+        'random, random subspace': 0.1,
+        'random, eps x 0.5': 0.3,
+        'wrong, unperturbed': 0.2,
+    }
     claims = dm.judge(with_labels(finished[1], full), tmp_path)
     assert verdict(claims, 'V10 A network') == 'supported'
     assert verdict(claims, 'V10 The part of the perturbation off T') == 'supported'
@@ -798,8 +869,9 @@ def with_causes(results, changes, n=60):
         rows = [r for r in out['causes-plane'] if r['sweep'] == row['sweep']]
         share = next(i for i, r in enumerate(rows) if r is row) / (len(rows) - 1)
         row['accuracy'] = [0.8] * 2
-        row['norms'] = {k: pack((base * f ** share).astype(np.float32))
-                        for k, f in (('regular', 1.0), ('off', off), ('on', on))}
+        row['norms'] = {
+            k: pack((base * f**share).astype(np.float32)) for k, f in (('regular', 1.0), ('off', off), ('on', on))
+        }
     return out
 
 
@@ -839,8 +911,9 @@ def test_verdicts_on_sizes(finished, tmp_path):
 
 @pytest.mark.parametrize('parts', (['line'], ['images'], ['training', 'sizes'], ['labels']))
 def test_any_choice_of_parts_is_drawn_and_judged(finished, tmp_path, parts):
-    results = {k: v for k, v in finished[1].items()
-               if k.split('-')[0] in parts or not any(k.startswith(p) for p in dm.PARTS)}
+    results = {
+        k: v for k, v in finished[1].items() if k.split('-')[0] in parts or not any(k.startswith(p) for p in dm.PARTS)
+    }
     common.start_log()
     dm.print_table(results)
     dm.draw(results, tmp_path)
@@ -848,8 +921,23 @@ def test_any_choice_of_parts_is_drawn_and_judged(finished, tmp_path, parts):
 
 
 def test_mnist_is_attacked_on_its_manifold(real_data, tmp_path):
-    dm.main([*TINY, '--dataset', 'mnist', '--data-root', str(real_data), '--out', str(tmp_path),
-             '--arch', 'lenet5', '--parts', 'images', '--train-size', '300'])
+    dm.main(
+        [
+            *TINY,
+            '--dataset',
+            'mnist',
+            '--data-root',
+            str(real_data),
+            '--out',
+            str(tmp_path),
+            '--arch',
+            'lenet5',
+            '--parts',
+            'images',
+            '--train-size',
+            '300',
+        ]
+    )
     folder = next((tmp_path / 'dimpled_manifold').iterdir())
     assert (folder / 'fig7_norms.png').exists()
     assert '| V6' in (folder / 'claims.md').read_text()

@@ -1,4 +1,5 @@
 """Many processes give what one gives: losses, weights, resumed trainings, every attacked image."""
+
 import json
 import os
 import shutil
@@ -16,23 +17,34 @@ import common
 
 CPU = torch.device('cpu')
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE')} | {
-    'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join((str(ROOT), str(ROOT / 'tests')))}
+    'OMP_NUM_THREADS': '1',
+    'PYTHONPATH': os.pathsep.join((str(ROOT), str(ROOT / 'tests'))),
+}
 
 
 def torchrun(processes, *command, expect=0):
     """Run a script in so many processes; (stdout, stderr)."""
     done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-         f'--nproc-per-node={processes}', *map(str, command)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            f'--nproc-per-node={processes}',
+            *map(str, command),
+        ],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == expect, done.stderr[-4000:]
     return done.stdout, done.stderr
 
 
 def arguments(out, **changes):
     args = common.parse(common.make_parser(''), ['--out', str(out), '--amp', 'fp32'])
-    vars(args).update(dict(epochs=2, train_size=96, test_size=20, batch_size=32, eps_warmup=0.0)
-                      | changes)
+    vars(args).update(dict(epochs=2, train_size=96, test_size=20, batch_size=32, eps_warmup=0.0) | changes)
     return args
 
 
@@ -71,21 +83,31 @@ def net_loss(model, x, y, threat, generator):
     x_adv = common.pgd(model, x, y, **threat, generator=generator)
     shifts = {'all': torch.rand(len(x), 10, generator=generator)}
     penalty = sum(p.square().sum() for p in model.parameters())
-    return F.cross_entropy(model(x_adv, shifts=shifts)[0], y) + 0.01 * penalty \
-        + model(x[5:])[1].square().mean()
+    return F.cross_entropy(model(x_adv, shifts=shifts)[0], y) + 0.01 * penalty + model(x[5:])[1].square().mean()
 
 
 def train(out, method='pgd', loss_fn=None, build=common.make_model, **changes):
     data = common.load_data('shapes', train_size=96, test_size=20)
-    return common.train_model(arguments(out, **changes), data, method, 0, CPU, loss_fn=loss_fn,
-                              build=build, keep=(1,) if method == 'trades' else ())
+    return common.train_model(
+        arguments(out, **changes),
+        data,
+        method,
+        0,
+        CPU,
+        loss_fn=loss_fn,
+        build=build,
+        keep=(1,) if method == 'trades' else (),
+    )
 
 
 TRAININGS = {
-    'float32': dict(epochs=1), 'l2': dict(norm='l2', eps=0.5, step_size=0.2, epochs=1),
-    'standard': dict(method='standard', epochs=1, lr=0.02), 'pgd': dict(build=Double),
+    'float32': dict(epochs=1),
+    'l2': dict(norm='l2', eps=0.5, step_size=0.2, epochs=1),
+    'standard': dict(method='standard', epochs=1, lr=0.02),
+    'pgd': dict(build=Double),
     'trades': dict(method='trades', ema=0.9, build=Double),
-    'net': dict(method='net', loss_fn=net_loss, build=lambda *_: Net().double())}
+    'net': dict(method='net', loss_fn=net_loss, build=lambda *_: Net().double()),
+}
 
 
 def evaluate():
@@ -96,22 +118,28 @@ def evaluate():
     y = common.predict(model, x)
     out = {}
     for name, attack in {
-            'natural': None, 'fgsm': partial(common.fgsm, eps=0.01),
-            'pgd': partial(common.pgd, eps=0.004, step_size=0.001, steps=4, drop_fooled=True,
-                           restarts=2),
-            'l2': partial(common.pgd, eps=0.1, step_size=0.03, steps=4, norm='l2'),
-            'apgd': partial(common.apgd, eps=0.004, steps=5, targets=2),
-            'square': partial(common.square, eps=0.01, queries=12)}.items():
+        'natural': None,
+        'fgsm': partial(common.fgsm, eps=0.01),
+        'pgd': partial(common.pgd, eps=0.004, step_size=0.001, steps=4, drop_fooled=True, restarts=2),
+        'l2': partial(common.pgd, eps=0.1, step_size=0.03, steps=4, norm='l2'),
+        'apgd': partial(common.apgd, eps=0.004, steps=5, targets=2),
+        'square': partial(common.square, eps=0.01, queries=12),
+    }.items():
         if attack and name != 'fgsm':
             attack = partial(attack, generator=common.make_generator(name))
             out[name + ' points'] = attack(model, x, y)
             attack.keywords['generator'] = common.make_generator(name)
         out[name] = common.correct_under(model, x, y, attack, batch_size=16)
-    out['curve'] = torch.tensor(common.eps_curve(model, x, y, eps=0.002,
-                                                 generator=common.make_generator('curve')))
+    out['curve'] = torch.tensor(common.eps_curve(model, x, y, eps=0.002, generator=common.make_generator('curve')))
     correct = {k: out[k] for k in ('fgsm', 'square')}
-    out['masking'] = torch.tensor([v[0] for v in common.masking_check(
-        model, x, y, correct, eps=0.01, generator=common.make_generator('masking')).values()])
+    out['masking'] = torch.tensor(
+        [
+            v[0]
+            for v in common.masking_check(
+                model, x, y, correct, eps=0.01, generator=common.make_generator('masking')
+            ).values()
+        ]
+    )
     out['one image'] = common.fgsm(model, x[:1], y[:1], eps=0.01)
     assert model(x).shape == (21, 10) and not hasattr(model, 'is_spread')
     return out
@@ -145,8 +173,7 @@ def alone(tmp_path_factory):
     return {n: train(tmp_path_factory.mktemp(n), **t) for n, t in TRAININGS.items()}
 
 
-@pytest.mark.parametrize('processes,names', (
-    (2, ','.join(TRAININGS)), pytest.param(3, 'net', marks=pytest.mark.slow)))
+@pytest.mark.parametrize('processes,names', ((2, ','.join(TRAININGS)), pytest.param(3, 'net', marks=pytest.mark.slow)))
 def test_processes_agree_with_one_and_with_each_other(tmp_path, alone, processes, names):
     worker = tmp_path / 'worker.py'
     worker.write_text(WORKER)
@@ -194,24 +221,28 @@ def test_an_error_in_one_process_ends_all_and_any_number_continues(tmp_path, alo
     shutil.copytree(tmp_path / 'one', tmp_path / 'two')
     assert_close(train(tmp_path / 'one', build=Double), alone['pgd'])  # one takes over from two
     torchrun(2, resumed, tmp_path / 'two', 'pgd')
-    assert_close(torch.load(tmp_path / 'two' / 'rank1.pt', weights_only=False)['trained']['pgd'],
-                 alone['pgd'])
+    assert_close(torch.load(tmp_path / 'two' / 'rank1.pt', weights_only=False)['trained']['pgd'], alone['pgd'])
 
 
-@pytest.mark.parametrize('flags,message', (
-    (('--eps', 3), 'did you mean'), (('--batch-size', 1), 'cannot train on a batch of 1')))
+@pytest.mark.parametrize(
+    'flags,message', ((('--eps', 3), 'did you mean'), (('--batch-size', 1), 'cannot train on a batch of 1'))
+)
 def test_a_mistake_is_one_line(tmp_path, flags, message):
-    _, errors = torchrun(2, ROOT / 'train_at.py', '--out', tmp_path, '--train-size', 64,
-                         '--test-size', 20, *flags, expect=1)
+    _, errors = torchrun(
+        2, ROOT / 'train_at.py', '--out', tmp_path, '--train-size', 64, '--test-size', 20, *flags, expect=1
+    )
     [line] = [n for n in errors.splitlines() if n.startswith('error:')]
     assert message in line
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('script,flags', (
-    ('train_at.py', '--methods pgd --apgd-steps 2 --targets 1 --square-queries 3'),
-    ('cifs.py', '--arms cifs --apgd-steps 2 --targets 1 --square-queries 2 '
-                '--targeted-steps 1 --restarts 1')))
+@pytest.mark.parametrize(
+    'script,flags',
+    (
+        ('train_at.py', '--methods pgd --apgd-steps 2 --targets 1 --square-queries 3'),
+        ('cifs.py', '--arms cifs --apgd-steps 2 --targets 1 --square-queries 2 --targeted-steps 1 --restarts 1'),
+    ),
+)
 def test_studies_run_in_two_processes(tmp_path, script, flags):
     flags = f'{flags} --epochs 1 --train-size 64 --test-size 20 --amp fp32'.split()
     text, _ = torchrun(2, ROOT / script, '--out', tmp_path / 'two', *flags)
@@ -220,11 +251,17 @@ def test_studies_run_in_two_processes(tmp_path, script, flags):
     assert text.count('figures and results in') == 1 and list(folder.glob('fig*.png'))
     assert not [p for p in folder.iterdir() if p.name.startswith('.')]
     log = (folder / 'log.txt').read_text()
-    assert log.count('epoch   1/1') == text.count('epoch   1/1') == len(
-        list((tmp_path / 'two' / 'models').glob('*.pt')))
+    assert (
+        log.count('epoch   1/1') == text.count('epoch   1/1') == len(list((tmp_path / 'two' / 'models').glob('*.pt')))
+    )
     if script == 'train_at.py':  # one process accepts the models and the results as they are
-        done = subprocess.run([sys.executable, ROOT / script, '--out', tmp_path / 'two', *flags],
-                              env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(
+            [sys.executable, ROOT / script, '--out', tmp_path / 'two', *flags],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
         assert done.returncode == 0
         assert done.stdout.count('trained already') == log.count('epoch   1/1')
         assert json.loads((folder / 'results.json').read_text()) == results

@@ -1,5 +1,6 @@
 """What goes wrong at users' places: mistakes, broken files, full disks, interruptions, two runs
 at once, masked gradients. One line and exit code 2, or a clean resume; nothing is lost."""
+
 import argparse
 import contextlib
 import csv
@@ -34,26 +35,40 @@ from PIL import Image
 
 import common
 
-SCRIPTS = {name: importlib.import_module(name) for name in (
-    'train_at', 'mi_analysis', 'cifs', 'shape_bias', 'logit_distill', 'dimpled_manifold')}
+SCRIPTS = {
+    name: importlib.import_module(name)
+    for name in ('train_at', 'mi_analysis', 'cifs', 'shape_bias', 'logit_distill', 'dimpled_manifold')
+}
 FLAGS = {  # a whole study in seconds
-    'train_at': '--arch lenet5 --methods standard pgd --steps 1 --apgd-steps 1 --targets 1 '
-                '--square-queries 1',
+    'train_at': '--arch lenet5 --methods standard pgd --steps 1 --apgd-steps 1 --targets 1 --square-queries 1',
     'mi_analysis': '--arch lenet5 --steps 1 --test-steps 1 --measured 1',
-    'cifs': '--arms vanilla --steps 1 --apgd-steps 1 --targets 1 --square-queries 1 '
-            '--targeted-steps 1 --restarts 1',
+    'cifs': '--arms vanilla --steps 1 --apgd-steps 1 --targets 1 --square-queries 1 --targeted-steps 1 --restarts 1',
     'shape_bias': '--arch lenet5 --steps 1 --channels 1',
     'logit_distill': '--arch lenet5 --steps 1 --students M0 --distil-epochs 1 --logit-images 40 '
-                     '--apgd-steps 1 --margin-steps 1 --square-queries 1 --targets 1',
+    '--apgd-steps 1 --margin-steps 1 --square-queries 1 --targets 1',
     'dimpled_manifold': '--arch lenet5 --steps 1 --parts training --latent 2 --ae-epochs 2 '
-                        '--checkpoints 4 --watched 4 --attack-steps 1'}
-SMALL = ['--train-size', '40', '--test-size', '40', '--epochs', '1', '--batch-size', '20',
-         '--amp', 'fp32', '--out', 'runs']
+    '--checkpoints 4 --watched 4 --attack-steps 1',
+}
+SMALL = [
+    '--train-size',
+    '40',
+    '--test-size',
+    '40',
+    '--epochs',
+    '1',
+    '--batch-size',
+    '20',
+    '--amp',
+    'fp32',
+    '--out',
+    'runs',
+]
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     """Every test runs in an empty folder, without a network and without a GPU."""
+
     def offline(*_, **__):
         raise URLError('no network')
 
@@ -109,7 +124,7 @@ MISTAKES = (  # in every script
     ('--eps=-1/255', 'finite number'),
     ('--eps nan', 'finite number'),
     ('--eps inf', 'finite number'),
-    (f'--eps {10 ** 400}/1', 'finite number'),
+    (f'--eps {10**400}/1', 'finite number'),
     ('--eps 8/0', 'not a number'),
     ('--eps eight', 'not a number'),
     ('--step-size 2', 'did you mean 2/255'),
@@ -127,12 +142,13 @@ MISTAKES = (  # in every script
     ('--eps-warmup 1', r'\[0, 1\)'),
     ('--seeds 1 1', 'differ'),
     ('--seeds -1', 'whole number'),
-    (f'--seeds {2 ** 64}', '--seeds'),
+    (f'--seeds {2**64}', '--seeds'),
     ('--epoch 3', 'unrecognized'),
     ('--device gpu', 'gpu'),
     ('--device cuda', 'no CUDA device'),
     ('--amp fp16', 'needs a CUDA device'),
-    ('--plot-only nowhere', 'nowhere'))
+    ('--plot-only nowhere', 'nowhere'),
+)
 OWN_MISTAKES = (
     ('train_at', '--methods free', 'free'),
     ('train_at', '--arch wrn-28-10 --image-size 16', '32 pixels'),
@@ -175,7 +191,8 @@ OWN_MISTAKES = (
     ('dimpled_manifold', '--sizes 2', 'at most 1'),
     ('dimpled_manifold', '--checkpoints 3', '4 or more'),
     ('dimpled_manifold', '--wrong-eps 0', '0 is not allowed'),
-    ('dimpled_manifold', '--replicas -1', 'whole number'))
+    ('dimpled_manifold', '--replicas -1', 'whole number'),
+)
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -194,24 +211,36 @@ def test_mistakes_of_one_script(script, flags, message, capsys):
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_data_that_are_not_there_or_too_few(script, capsys):
     main = SCRIPTS[script].main
-    refused(partial(main, SMALL + ['--dataset', 'cifar10', '--data-root', 'nowhere']),
-            'no cifar10 in nowhere .* --data-root', capsys)
-    refused(partial(main, SMALL + ['--dataset', 'folder:nowhere']),
-            'train/ and test/|does not stream', capsys)
+    refused(
+        partial(main, SMALL + ['--dataset', 'cifar10', '--data-root', 'nowhere']),
+        'no cifar10 in nowhere .* --data-root',
+        capsys,
+    )
+    refused(partial(main, SMALL + ['--dataset', 'folder:nowhere']), 'train/ and test/|does not stream', capsys)
     assert {Path(p).name for p in files()} <= {'config.json', 'log.txt'}
     fake_data('cifar10')
-    refused(partial(main, SMALL + '--dataset cifar10 --trust-data --train-size 49'.split()),
-            '--train-size 49 .* 50', capsys)
+    refused(
+        partial(main, SMALL + '--dataset cifar10 --trust-data --train-size 49'.split()), '--train-size 49 .* 50', capsys
+    )
 
 
 # -------------------------------------------------------------------------------------- data
+
 
 def fake_data(name, root='data'):
     """A tiny data set of noise in torchvision's layout; its file of training images. 50 training
     and 20 test images."""
     rng = np.random.default_rng(0)
-    folder = Path(root, {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python',
-                         'svhn': '', 'stl10': 'stl10_binary', 'mnist': 'MNIST/raw'}[name])
+    folder = Path(
+        root,
+        {
+            'cifar10': 'cifar-10-batches-py',
+            'cifar100': 'cifar-100-python',
+            'svhn': '',
+            'stl10': 'stl10_binary',
+            'mnist': 'MNIST/raw',
+        }[name],
+    )
     folder.mkdir(parents=True)
 
     def pixels(*shape):
@@ -222,14 +251,18 @@ def fake_data(name, root='data'):
         return folder / file
 
     if name.startswith('cifar'):
-        key, names = ('labels', 'label_names') if name == 'cifar10' else \
-            ('fine_labels', 'fine_label_names')
-        parts = {f'data_batch_{i}': 10 for i in range(1, 6)} | dict(test_batch=20) \
-            if name == 'cifar10' else dict(train=50, test=20)
+        key, names = ('labels', 'label_names') if name == 'cifar10' else ('fine_labels', 'fine_label_names')
+        parts = (
+            {f'data_batch_{i}': 10 for i in range(1, 6)} | dict(test_batch=20)
+            if name == 'cifar10'
+            else dict(train=50, test=20)
+        )
         for file, n in parts.items():
             put(file, pickle.dumps({'data': pixels(n, 3072), key: [i % 10 for i in range(n)]}))
-        put('batches.meta' if name == 'cifar10' else 'meta',
-            pickle.dumps({names: [f'class {i}' for i in range(int(name[5:]))]}))
+        put(
+            'batches.meta' if name == 'cifar10' else 'meta',
+            pickle.dumps({names: [f'class {i}' for i in range(int(name[5:]))]}),
+        )
         return folder / next(iter(parts))
     if name == 'svhn':
         for split, n in (('test', 20), ('train', 50)):
@@ -244,16 +277,15 @@ def fake_data(name, root='data'):
             path = put(f'{split}_X.bin', pixels(n, 3, 96, 96).tobytes())
         return path
     for split, n in (('t10k', 20), ('train', 50)):
-        put(f'{split}-labels-idx1-ubyte', struct.pack('>II', 0x801, n) + bytes(
-            i % 10 for i in range(n)))
-        path = put(f'{split}-images-idx3-ubyte', struct.pack('>IIII', 0x803, n, 28, 28)
-                   + pixels(n, 28, 28).tobytes())
+        put(f'{split}-labels-idx1-ubyte', struct.pack('>II', 0x801, n) + bytes(i % 10 for i in range(n)))
+        path = put(f'{split}-images-idx3-ubyte', struct.pack('>IIII', 0x803, n, 28, 28) + pixels(n, 28, 28).tobytes())
     return path
 
 
 @pytest.fixture
 def genuine(monkeypatch):
     """A function that makes torchvision take the files of a data set for the original ones."""
+
     def mark(name, folder):
         cls = common.TORCHVISION[name][0]
 
@@ -262,14 +294,16 @@ def genuine(monkeypatch):
 
         for attribute in ('train_list', 'test_list'):
             if hasattr(cls, attribute):
-                monkeypatch.setattr(cls, attribute, [[f, md5(f)] for f, _ in getattr(
-                    cls, attribute)])
+                monkeypatch.setattr(cls, attribute, [[f, md5(f)] for f, _ in getattr(cls, attribute)])
         if hasattr(cls, 'meta'):
             monkeypatch.setattr(cls, 'meta', dict(cls.meta, md5=md5(cls.meta['filename'])))
         if hasattr(cls, 'split_list'):
-            monkeypatch.setattr(cls, 'split_list', {
-                k: [url, f, md5(f) if Path(folder, f).exists() else '']
-                for k, (url, f, _) in cls.split_list.items()})
+            monkeypatch.setattr(
+                cls,
+                'split_list',
+                {k: [url, f, md5(f) if Path(folder, f).exists() else ''] for k, (url, f, _) in cls.split_list.items()},
+            )
+
     return mark
 
 
@@ -279,10 +313,14 @@ def damage(path, how):
     middle = len(content) // 2
     path.unlink()
     if how != 'gone':
-        path.write_bytes({
-            'truncated': content[:middle], 'empty': b'',
-            'altered': content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1:],
-            'html': b'<!DOCTYPE html><html>Quota exceeded</html>'}[how])
+        path.write_bytes(
+            {
+                'truncated': content[:middle],
+                'empty': b'',
+                'altered': content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :],
+                'html': b'<!DOCTYPE html><html>Quota exceeded</html>',
+            }[how]
+        )
 
 
 @pytest.mark.parametrize('name', ('cifar10', 'cifar100', 'svhn', 'stl10', 'mnist'))
@@ -309,8 +347,9 @@ def test_damaged_data_files(name, how, genuine, capsys):
 @pytest.mark.parametrize('labels', ([0, 1, 2], [10] * 20, [-1] * 20))
 def test_labels_that_are_none(labels, capsys):
     fake_data('cifar10')
-    Path('data/cifar-10-batches-py/test_batch').write_bytes(pickle.dumps(
-        dict(data=np.zeros((20, 3072), np.uint8), labels=labels)))
+    Path('data/cifar-10-batches-py/test_batch').write_bytes(
+        pickle.dumps(dict(data=np.zeros((20, 3072), np.uint8), labels=labels))
+    )
     refused(partial(common.load_data, 'cifar10', trust=True), 'cifar10 files in data', capsys)
 
 
@@ -334,6 +373,7 @@ def test_data_with_other_checksums_run_no_code(genuine, capsys):
 
 def test_a_download_that_is_interrupted_starts_again(monkeypatch):
     """Half the files must not pass for all of them."""
+
     def half(self):
         Path(self.root, 'cifar-10-batches-py').mkdir(parents=True)
         Path(self.root, 'cifar-10-batches-py/data_batch_1').write_bytes(b'x')
@@ -353,8 +393,7 @@ def image_folder(classes=('cat', 'dog')):
         for c in classes:
             Path('data', split, c).mkdir(parents=True)
             for i in range(6):
-                Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
-                    f'data/{split}/{c}/{i}.png')
+                Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(f'data/{split}/{c}/{i}.png')
 
 
 @pytest.mark.parametrize('how', ('truncated', 'empty', 'html'))
@@ -375,9 +414,26 @@ def test_a_damaged_image_seen_from_the_shell():
     image_folder()
     damage(Path('data/train/dog/3.png'), 'html')
     run = subprocess.run(
-        [sys.executable, ROOT / 'train_at.py', '--dataset', 'folder:data', '--arch', 'small-cnn',
-         '--image-size', '32', '--epochs', '1', '--batch-size', '11', '--methods', 'standard'],
-        capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+        [
+            sys.executable,
+            ROOT / 'train_at.py',
+            '--dataset',
+            'folder:data',
+            '--arch',
+            'small-cnn',
+            '--image-size',
+            '32',
+            '--epochs',
+            '1',
+            '--batch-size',
+            '11',
+            '--methods',
+            'standard',
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {'OMP_NUM_THREADS': '1'},
+    )
     assert run.returncode == 2
     assert run.stderr.startswith('error: data/train/dog/3.png cannot be read')
     assert run.stderr.count('\n') == 1, run.stderr
@@ -395,6 +451,7 @@ def test_folders_that_hold_other_things(capsys):
 
 # ------------------------------------------------------------------------------- checkpoints
 
+
 def saved(obj):
     """The bytes of torch.save."""
     buffer = io.BytesIO()
@@ -409,7 +466,7 @@ def shrunk(state):
 # {what it is: function of what belongs there -> bytes}
 BROKEN = {
     'empty': lambda right: b'',
-    'half': lambda right: saved(right)[:len(saved(right)) // 2],
+    'half': lambda right: saved(right)[: len(saved(right)) // 2],
     'without its end': lambda right: saved(right)[:-100],
     'noise': lambda right: np.random.default_rng(0).bytes(5000),
     'html': lambda right: b'<!DOCTYPE html><html>Quota exceeded</html>',
@@ -418,25 +475,34 @@ BROKEN = {
     'nothing': lambda right: saved({}),
     'malicious': lambda right: saved(Evil()),
     'malicious in its old format': lambda right: pickle.dumps(Evil()),
-    'malicious within': lambda right: saved(dict(right, history=Evil()))}
+    'malicious within': lambda right: saved(dict(right, history=Evil())),
+}
 WRONG = {
     'a state_dict': lambda right: saved(right['best']),
     'another model': lambda right: saved(right | dict(recipe=right['recipe'] | dict(seed=7))),
     'a recipe alone': lambda right: saved(dict(recipe=right['recipe'])),
-    'a recipe and an end': lambda right: saved(dict(recipe=right['recipe'], finished=True))}
+    'a recipe and an end': lambda right: saved(dict(recipe=right['recipe'], finished=True)),
+}
 MISFITS = {
-    'weights of another network': lambda right: saved(right | {
-        k: shrunk(right[k]) for k in ('model', 'best') if k in right})}
+    'weights of another network': lambda right: saved(
+        right | {k: shrunk(right[k]) for k in ('model', 'best') if k in right}
+    )
+}
 FIRST = (*((script, 'network') for script in SCRIPTS), ('dimpled_manifold', 'autoencoder'))
 # where the weights of some epochs are missing, too, these two train again in another file
-CASES = [(*what, how) for what in FIRST for how in BROKEN | WRONG | MISFITS if not (
-    how in MISFITS and what in (('mi_analysis', 'network'), ('dimpled_manifold', 'network')))]
+CASES = [
+    (*what, how)
+    for what in FIRST
+    for how in BROKEN | WRONG | MISFITS
+    if not (how in MISFITS and what in (('mi_analysis', 'network'), ('dimpled_manifold', 'network')))
+]
 
 
 @pytest.fixture(scope='module')
 def first_checkpoint(tmp_path_factory):
     """A function (script, kind) -> path and contents of the first checkpoint that its small
     study writes, after its first epoch of two."""
+
     class Found(BaseException):
         pass
 
@@ -456,6 +522,7 @@ def first_checkpoint(tmp_path_factory):
                 main(what[0], '--epochs', '2')()
             known[what] = caught.value.args
         return known[what]
+
     return find
 
 
@@ -480,18 +547,19 @@ def test_trained_weights_that_do_not_fit_are_named(which, capsys):
     result = common.train_model(args, data, 'standard', 0, device, keep=(1,))
     path = next(Path('runs/models').glob('*.pt')) if isinstance(which, str) else result['kept'][1]
     small = shrunk(result['best'])
-    path.write_bytes(saved(small if which == 1 else {
-        k: v for k, v in result.items() if k not in ('kept', 'path')} | {which: small}))
+    path.write_bytes(
+        saved(small if which == 1 else {k: v for k, v in result.items() if k not in ('kept', 'path')} | {which: small})
+    )
     again = common.train_model(args, data, 'standard', 0, device, keep=(1,))
-    refused(lambda: common.restore(again, which, args, data, device),
-            f'{re.escape(str(path))} .*delete it', capsys)
+    refused(lambda: common.restore(again, which, args, data, device), f'{re.escape(str(path))} .*delete it', capsys)
 
 
 FOREIGN = BROKEN | {
     'a tensor': lambda right: saved(torch.zeros(3)),
     'numbers for names': lambda right: saved({1: torch.zeros(3)}),
     'a training without weights': lambda right: saved(dict(epoch=3, state_dict=None)),
-    'another network': lambda right: saved(common.make_model('small-cnn').state_dict())}
+    'another network': lambda right: saved(common.make_model('small-cnn').state_dict()),
+}
 
 
 @pytest.mark.parametrize('how', FOREIGN)
@@ -500,16 +568,20 @@ def test_foreign_weights_that_are_none(how, capsys):
     path = Path('weights.pt')
     path.write_bytes(FOREIGN[how](model.state_dict()))
     before = files()
-    refused(partial(common.make_model, 'lenet5', 10, (1, 28, 28), weights=path), 'weights.pt',
-            capsys)
+    refused(partial(common.make_model, 'lenet5', 10, (1, 28, 28), weights=path), 'weights.pt', capsys)
     assert files() == before
 
 
 # -------------------------------------------------------------------- results of other studies
 
-RESULTS = {'train_at': 'shapes', 'mi_analysis': 'mi-shapes', 'cifs': 'cifs-shapes',
-           'shape_bias': 'shape-bias-shapes', 'logit_distill': 'logit-shapes',
-           'dimpled_manifold': 'dimpled-shapes'}  # below docs/results
+RESULTS = {
+    'train_at': 'shapes',
+    'mi_analysis': 'mi-shapes',
+    'cifs': 'cifs-shapes',
+    'shape_bias': 'shape-bias-shapes',
+    'logit_distill': 'logit-shapes',
+    'dimpled_manifold': 'dimpled-shapes',
+}  # below docs/results
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -520,15 +592,18 @@ def test_only_finished_runs_of_the_same_study_are_redrawn(script, capsys):
     Path('run/results.json').mkdir()
     refused(plot, 'run holds no readable results.json', capsys)
     Path('run/results.json').rmdir()
-    contents = {name: (ROOT / 'docs/results' / folder / 'results.json').read_bytes()
-                for name, folder in RESULTS.items()}
+    contents = {
+        name: (ROOT / 'docs/results' / folder / 'results.json').read_bytes() for name, folder in RESULTS.items()
+    }
     own = json.loads(contents.pop(script))
     assert own.pop('finished') == script  # and without that it is another run's, or not yet
-    wrong = [b'[]', b'null', b'3', b'{}', b'{"config": {}}', json.dumps(own).encode(),
-             *contents.values()]
-    for text, message in [(b'', 'readable'), (b'{"config": {', 'readable'),
-                          (b'\xff\xfe', 'readable'), *((v, f'finished run of {script}')
-                                                       for v in wrong)]:
+    wrong = [b'[]', b'null', b'3', b'{}', b'{"config": {}}', json.dumps(own).encode(), *contents.values()]
+    for text, message in [
+        (b'', 'readable'),
+        (b'{"config": {', 'readable'),
+        (b'\xff\xfe', 'readable'),
+        *((v, f'finished run of {script}') for v in wrong),
+    ]:
         Path('run/results.json').write_bytes(text)
         refused(plot, f'run holds no {message}', capsys)
         assert files('run') == {'run/results.json': text} and not Path('runs').exists()
@@ -540,13 +615,14 @@ def test_results_that_are_none_are_measured_again(monkeypatch):
     run()
     [path] = Path('runs/train_at').glob('*/results.json')
     right = path.read_bytes()
-    for wrong in (right[:len(right) // 2], b'[]', b'\xff\xfe', b''):
+    for wrong in (right[: len(right) // 2], b'[]', b'\xff\xfe', b''):
         path.write_bytes(wrong)
         run()
         assert plain(json.loads(path.read_text())) == plain(json.loads(right))
 
 
 # ------------------------------------------------------------------------------------ output
+
 
 @contextlib.contextmanager
 def small_files(limit):
@@ -594,6 +670,7 @@ def test_a_full_disk(script, limit, capsys):
 @pytest.mark.parametrize('name', ('results.json', 'metrics.csv', 'claims.md', 'fig.png', 'log.txt'))
 def test_a_full_disk_at_the_end(name, capsys):
     """Whatever is written then keeps its last whole version, and no file of another name."""
+
     def write(n):
         common.start_log('log.txt')
         if name == 'results.json':
@@ -623,9 +700,11 @@ def test_a_full_disk_at_the_end(name, capsys):
 
 # ----------------------------------------------------------------------------- interruptions
 
+
 def around(monkeypatch, meet):
     """Call meet(moment) before and after whatever a crash could catch half done, and half-way
     through the writing of a file."""
+
     def patch(owner, name, half=None):
         function = getattr(owner, name)
 
@@ -635,11 +714,12 @@ def around(monkeypatch, meet):
                 try:
                     meet(f'during {name}')
                 except BaseException:
-                    function(args[0], args[1][:len(args[1]) // 2])
+                    function(args[0], args[1][: len(args[1]) // 2])
                     raise
             result = function(*args, **options)
             meet(f'after {name}')
             return result
+
         monkeypatch.setattr(owner, name, patched)
 
     patch(torch.optim.SGD, 'step')
@@ -719,32 +799,42 @@ def assert_interruptions_do_no_harm(run, monkeypatch, capsys, times=20):
 
 def test_a_training_interrupted_twenty_times(monkeypatch, capsys):
     """Dropout, a weight average, and weights kept within and after epochs."""
+
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)
             self.net = torch.nn.Sequential(
-                torch.nn.Flatten(), torch.nn.Linear(3072, 8), torch.nn.BatchNorm1d(8),
-                torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 10))
+                torch.nn.Flatten(),
+                torch.nn.Linear(3072, 8),
+                torch.nn.BatchNorm1d(8),
+                torch.nn.ReLU(),
+                torch.nn.Dropout(0.5),
+                torch.nn.Linear(8, 10),
+            )
 
         def forward(self, x):
             return self.net(x)
 
     def run():
         common.start_log()
-        return common.train_model(args, data, 'pgd', 0, torch.device('cpu'),
-                                  build=lambda *_: Net(), keep=(0, 0.5, 1, 2.5, 4, 6))
+        return common.train_model(
+            args, data, 'pgd', 0, torch.device('cpu'), build=lambda *_: Net(), keep=(0, 0.5, 1, 2.5, 4, 6)
+        )
 
-    args = common.parse(common.make_parser(''), [
-        *SMALL, '--epochs', '6', '--ema', '0.9', '--eps-warmup', '0', '--lr', '0.5'])
+    args = common.parse(
+        common.make_parser(''), [*SMALL, '--epochs', '6', '--ema', '0.9', '--eps-warmup', '0', '--lr', '0.5']
+    )
     data = common.load_data('shapes', train_size=40, test_size=20)
     assert 1 < run()['best_epoch'] < 6  # so that the best weights, too, have to survive
     shutil.rmtree('runs')
     assert_interruptions_do_no_harm(run, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize('script', ('train_at', *(pytest.param(
-    script, marks=pytest.mark.slow) for script in SCRIPTS if script != 'train_at')))
+@pytest.mark.parametrize(
+    'script',
+    ('train_at', *(pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS if script != 'train_at')),
+)
 def test_a_study_interrupted_twenty_times(script, monkeypatch, capsys):
     for name in ('draw', 'judge_claims' if script == 'dimpled_manifold' else 'judge'):
         monkeypatch.setattr(SCRIPTS[script], name, lambda results, folder: None)
@@ -753,6 +843,7 @@ def test_a_study_interrupted_twenty_times(script, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------- two runs at once
+
 
 class Turns:
     """Threads of which one runs at a time; at a meeting another may go on, with probability
@@ -827,6 +918,7 @@ def test_two_runs_at_once(often, stop, monkeypatch):
 def test_a_run_behind_takes_nothing_from_one_that_ends(monkeypatch):
     """While a run measures its first network another comes to its end: the first finds what
     the other has measured, and overwrites none of it."""
+
     def behind(*args):
         found = evaluate(*args)
         monkeypatch.setattr(train_at, 'evaluate_model', evaluate)
@@ -852,12 +944,17 @@ def test_a_run_behind_takes_nothing_from_one_that_ends(monkeypatch):
 @pytest.mark.parametrize('script', ('train_at', 'mi_analysis'))  # without and with kept epochs
 def test_two_processes_at_once(script):
     """The real thing, and alone for comparison. One of a second pair is killed."""
+
     def start(where):
         Path(where).mkdir(exist_ok=True)
         return subprocess.Popen(
-            [sys.executable, ROOT / f'{script}.py', *SMALL, *FLAGS[script].split()], cwd=where,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {'OMP_NUM_THREADS': '1'})
+            [sys.executable, ROOT / f'{script}.py', *SMALL, *FLAGS[script].split()],
+            cwd=where,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {'OMP_NUM_THREADS': '1'},
+        )
 
     def end(process):
         stderr = process.communicate(timeout=300)[1]
@@ -884,6 +981,7 @@ def test_two_processes_at_once(script):
 
 
 # ---------------------------------------------------------------------------- masked gradients
+
 
 class Masked(torch.nn.Module):
     """A network behind what has made networks look robust."""
@@ -912,8 +1010,7 @@ def clean():
     y = torch.arange(600) % 5
     means = 0.5 + 0.06 * torch.randn(5, 3, 8, 8)
     x = (means[y] + 0.1 * torch.randn(600, 3, 8, 8)).clamp(0, 1)
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 32), torch.nn.ReLU(),
-                              torch.nn.Linear(32, 5))
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 32), torch.nn.ReLU(), torch.nn.Linear(32, 5))
     optimizer = torch.optim.Adam(net.parameters(), 0.003)
     for _ in range(200):  # with few steps cross-entropy can be the poorer attack, masked or not
         optimizer.zero_grad()
@@ -922,11 +1019,17 @@ def clean():
     return net, x[:100], y[:100]
 
 
-@pytest.mark.parametrize('how,flag', (
-    (None, None), ('logits x 1000', 'zero input gradients'),
-    ('quantised input', 'zero input gradients'), ('dropout left on', 'random outputs'),
-    ('probabilities', 'outputs are probabilities'),
-    ('constant', 'unbounded attack leaves accuracy')))
+@pytest.mark.parametrize(
+    'how,flag',
+    (
+        (None, None),
+        ('logits x 1000', 'zero input gradients'),
+        ('quantised input', 'zero input gradients'),
+        ('dropout left on', 'random outputs'),
+        ('probabilities', 'outputs are probabilities'),
+        ('constant', 'unbounded attack leaves accuracy'),
+    ),
+)
 def test_masked_gradients_trip_their_own_flag(how, flag, clean):
     net, x, y = clean
     model = Masked(net, how)
@@ -934,7 +1037,8 @@ def test_masked_gradients_trip_their_own_flag(how, flag, clean):
     args = argparse.Namespace(eps=0.04, norm='linf', apgd_steps=20, targets=3, square_queries=200)
     correct = {'natural': common.correct_under(model, x, y)} | {
         name: common.correct_under(model, x, y, attack)
-        for name, attack in common.evaluation_attacks(args, 0, 'cpu').items()}
+        for name, attack in common.evaluation_attacks(args, 0, 'cpu').items()
+    }
     checks = common.masking_check(model, x, y, correct, eps=args.eps)
     raised = {k.partition(' (')[0] for k, (_, _, yes) in checks.items() if yes}
     if how is None:
@@ -945,24 +1049,28 @@ def test_masked_gradients_trip_their_own_flag(how, flag, clean):
         assert raised & {'random outputs', 'outputs are probabilities'} <= {flag}
 
 
-@pytest.mark.parametrize('weak,strong,flag', (
-    ('pgd20', 'fgsm', 'one step beats twenty (gap)'),
-    ('pgd20', 'pgd100', 'twenty steps are too few (gap)'),
-    ('apgd_ce', 'apgd_t', 'cross-entropy is a poor attack (gap)'),
-    ('pgd20', 'square', 'black box finds what white box misses')))
+@pytest.mark.parametrize(
+    'weak,strong,flag',
+    (
+        ('pgd20', 'fgsm', 'one step beats twenty (gap)'),
+        ('pgd20', 'pgd100', 'twenty steps are too few (gap)'),
+        ('apgd_ce', 'apgd_t', 'cross-entropy is a poor attack (gap)'),
+        ('pgd20', 'square', 'black box finds what white box misses'),
+    ),
+)
 def test_a_stronger_attack_trips_the_flag_of_the_weaker(weak, strong, flag, clean):
     net, x, y = clean
-    limit = round(100 * common.masking_check(
-        net, x, y, {k: y >= 0 for k in (weak, strong)}, eps=0.03)[flag][1])
+    limit = round(100 * common.masking_check(net, x, y, {k: y >= 0 for k in (weak, strong)}, eps=0.03)[flag][1])
     for more, expected in ((0, []), (limit - 1, []), (limit + 1, [flag])):
         correct = {weak: torch.ones(100, dtype=torch.bool), strong: torch.arange(100) >= more}
         checks = common.masking_check(net, x, y, correct, eps=0.03)
         assert [k for k, (_, _, raised) in checks.items() if raised] == expected
 
 
-@pytest.mark.parametrize('broken,words', (
-    (lambda x: x + 0.0302, 'left the ball'), (lambda x: x - 2, 'left .0, 1'),
-    (lambda x: x * math.nan, 'non-finite')))
+@pytest.mark.parametrize(
+    'broken,words',
+    ((lambda x: x + 0.0302, 'left the ball'), (lambda x: x - 2, 'left .0, 1'), (lambda x: x * math.nan, 'non-finite')),
+)
 def test_an_attack_that_cheats_is_no_evaluation(broken, words, clean):
     def cheat(model, x, y, eps):
         return broken(x)

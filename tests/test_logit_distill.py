@@ -1,4 +1,5 @@
 """logit_distill.py: invariants of every manipulation, closed forms, an exact tier, verdicts."""
+
 import json
 import math
 
@@ -13,8 +14,7 @@ import logit_distill as ld
 
 
 def logits(n=400, k=10, seed=0, spread=2.0):
-    return spread * torch.randn(n, k, generator=torch.Generator().manual_seed(seed),
-                                dtype=torch.float64)
+    return spread * torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 T, S = logits(), logits(seed=1, spread=4.0)
@@ -48,6 +48,7 @@ def target(name, fresh='fresh', t=T, s=S):
 
 # ---------------------------------------------------------------------------- manipulations
 
+
 @pytest.mark.parametrize('name', ('M1', 'M2', 'M3', 'M6', 'M8', 'M10'))
 def test_moves_keep_the_prediction_and_every_value(name):
     out = target(name)
@@ -68,15 +69,15 @@ def test_permutations_are_fresh_per_sample_or_per_class():
     assert len(set(order.values())) == 10
     # M2: images read alike are not
     same = (M == M[0]).nonzero()[:, 0]
-    moved = [tuple(o.tolist().index(v) for v in t.tolist())
-             for t, o in zip(T.float()[same], target('M2').float()[same])]
+    moved = [
+        tuple(o.tolist().index(v) for v in t.tolist()) for t, o in zip(T.float()[same], target('M2').float()[same])
+    ]
     assert len(set(moved)) > 0.9 * len(moved)
 
 
 def test_random_permutations_are_uniform():
     u = torch.rand(30000, 4, generator=generator())
-    out = ld.permute_others(torch.tensor([[3.0, 0, 1, 2]]).expand(30000, -1),
-                            torch.zeros(30000, dtype=torch.int64), u)
+    out = ld.permute_others(torch.tensor([[3.0, 0, 1, 2]]).expand(30000, -1), torch.zeros(30000, dtype=torch.int64), u)
     for place in (1, 2, 3):
         for value in (0, 1, 2):
             assert (out[:, place] == value).double().mean() == pytest.approx(1 / 3, abs=0.015)
@@ -88,8 +89,7 @@ def test_flattening_keeps_the_confidence_and_the_largest(keep):
     assert torch.allclose(confidence(out), confidence(T), atol=1e-12)
     before, after = (others(v).sort(1, descending=True)[0] for v in (T, out))
     assert torch.equal(before[:, :keep], after[:, :keep])
-    assert (after[:, keep:].amax(1) - after[:, keep:].amin(1)).abs().max() < 1e-12 \
-        if keep < 9 else torch.equal(out, T)
+    assert (after[:, keep:].amax(1) - after[:, keep:].amin(1)).abs().max() < 1e-12 if keep < 9 else torch.equal(out, T)
     if keep == 8:  # one class alone is its own mean
         assert torch.allclose(out, T)
 
@@ -117,8 +117,7 @@ def test_orders_and_profiles():
     assert torch.equal(others(out).argsort(1), others(T.float()).argsort(1))
     values = ld.ranked(out, M)[1]
     assert torch.allclose(values, values[:1].expand_as(values))
-    assert torch.allclose(values[0], (T - T.mean(1, keepdim=True)).sort(
-        1, descending=True)[0].mean(0), atol=1e-5)
+    assert torch.allclose(values[0], (T - T.mean(1, keepdim=True)).sort(1, descending=True)[0].mean(0), atol=1e-5)
 
 
 def test_the_runner_up_is_another_class():
@@ -209,6 +208,7 @@ def test_what_can_be_learned_of_a_permutation_is_the_flat_target():
 
 # --------------------------------------------------------------------------------- objective
 
+
 def test_the_mean_square_is_the_limit_of_the_divergence():
     t, z = T[:50], logits(50, seed=3)
     square = ld.distil_loss(z.float(), t.float(), kind='mse')
@@ -220,45 +220,51 @@ def test_the_mean_square_is_the_limit_of_the_divergence():
 def test_the_divergence_at_a_temperature():
     t, z = T[:50], logits(50, seed=3)
     p, q = (t / 5).softmax(1), (z / 5).softmax(1)
-    assert torch.allclose(ld.distil_loss(z, t / 5, 5.0), 25 * (p * (p / q).log()).sum(1).float(),
-                          atol=1e-4)
+    assert torch.allclose(ld.distil_loss(z, t / 5, 5.0), 25 * (p * (p / q).log()).sum(1).float(), atol=1e-4)
     assert ld.distil_loss(t, t / 5, 5.0).abs().max() < 1e-5
     y = M[:50]
-    assert torch.allclose(ld.distil_loss(z, ld.hard(t, y)), F.cross_entropy(
-        z.float(), y, reduction='none'), atol=1e-5)
+    assert torch.allclose(ld.distil_loss(z, ld.hard(t, y)), F.cross_entropy(z.float(), y, reduction='none'), atol=1e-5)
 
 
 def test_squeezing_reaches_the_height_it_is_solved_for():
     for height, k in ((2.0, 10), (6.0, 10), (4.0, 100)):
         weight = ld.squeeze_weight(height, k)
         z = torch.zeros(1, k, dtype=torch.float64, requires_grad=True)
-        optimiser = torch.optim.LBFGS([z], max_iter=500, tolerance_grad=1e-12,
-                                      tolerance_change=1e-14, line_search_fn='strong_wolfe')
+        optimiser = torch.optim.LBFGS(
+            [z], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn='strong_wolfe'
+        )
 
         def closure():
             optimiser.zero_grad()
             loss = F.cross_entropy(z, torch.tensor([0])) + weight * z.pow(2).sum()
             loss.backward()
             return loss
+
         optimiser.step(closure)
         assert (z[0, 0] - z.mean()).item() == pytest.approx(height, rel=1e-3)
 
 
-@pytest.mark.parametrize('text,expected', (
-    ('M4', ('M4', 1.0, 'kl', False)), ('M0/T5', ('M0', 5.0, 'kl', False)),
-    ('M6/mse', ('M6', 1.0, 'mse', False)), ('M0/again', ('M0', 1.0, 'kl', True))))
+@pytest.mark.parametrize(
+    'text,expected',
+    (
+        ('M4', ('M4', 1.0, 'kl', False)),
+        ('M0/T5', ('M0', 5.0, 'kl', False)),
+        ('M6/mse', ('M6', 1.0, 'mse', False)),
+        ('M0/again', ('M0', 1.0, 'kl', True)),
+    ),
+)
 def test_students_are_read(text, expected):
     assert ld.parse_student(text) == expected
 
 
-@pytest.mark.parametrize('text', ('M20', 'M0/', 'M0/T', 'M0/T0', 'M0/Tx', 'M0/later', 'LSQ/mse',
-                                  'M19/T5', ''))
+@pytest.mark.parametrize('text', ('M20', 'M0/', 'M0/T', 'M0/T0', 'M0/Tx', 'M0/later', 'LSQ/mse', 'M19/T5', ''))
 def test_unknown_students_are_refused(text):
     with pytest.raises(ValueError):
         ld.parse_student(text)
 
 
 # ------------------------------------------------------------------------------------ theory
+
 
 def test_the_best_scale_of_two_classes():
     """A share r wrong, all margins m: s m = log((1 - r) / r)."""
@@ -276,8 +282,9 @@ def test_the_bound_holds():
     for seed in range(60):
         k = (3, 10, 30)[seed % 3]
         z = logits(100, k, seed, spread=0.3 + seed / 10)
-        y = torch.where(torch.rand(100, generator=torch.Generator().manual_seed(seed)) < 0.3,
-                        torch.arange(100) % k, z.argmax(1))
+        y = torch.where(
+            torch.rand(100, generator=torch.Generator().manual_seed(seed)) < 0.3, torch.arange(100) % k, z.argmax(1)
+        )
         best, bound = ld.best_scale(z, y), ld.scale_bound(z, y)
         assert best <= bound
         loose.append(best / bound)
@@ -338,15 +345,21 @@ def fit(loss, decay, steps=300):
     """A linear model at the minimum of a convex loss(model)."""
     torch.manual_seed(0)
     model = Linear()
-    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=steps, history_size=50,
-                                  tolerance_grad=1e-9, tolerance_change=1e-12,
-                                  line_search_fn='strong_wolfe')
+    optimiser = torch.optim.LBFGS(
+        model.parameters(),
+        max_iter=steps,
+        history_size=50,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-12,
+        line_search_fn='strong_wolfe',
+    )
 
     def closure():
         optimiser.zero_grad()
         value = loss(model) + decay * model.fc.weight.pow(2).sum()
         value.backward()
         return value
+
     optimiser.step(closure)
     return model.eval()
 
@@ -421,9 +434,30 @@ def test_holm():
 
 # ----------------------------------------------------------------------------------- the study
 
-TINY = ('--train-size', '200', '--epochs', '1', '--batch-size', '50', '--test-size', '40',
-        '--amp', 'fp32', '--distil-epochs', '3', '--logit-images', '100', '--apgd-steps', '5',
-        '--margin-steps', '5', '--square-queries', '5', '--targets', '1')
+TINY = (
+    '--train-size',
+    '100',
+    '--epochs',
+    '1',
+    '--batch-size',
+    '50',
+    '--test-size',
+    '20',
+    '--amp',
+    'fp32',
+    '--distil-epochs',
+    '3',
+    '--logit-images',
+    '100',
+    '--apgd-steps',
+    '5',
+    '--margin-steps',
+    '5',
+    '--square-queries',
+    '5',
+    '--targets',
+    '1',
+)
 SOME = ['M0', 'M0/mse', 'M0/again', *(n for n in ld.NAMES if n != 'M0')]
 
 
@@ -443,9 +477,24 @@ def finished(tmp_path_factory):
 def test_a_tiny_study_leaves_everything(finished):
     folder, results, claims, out = finished
     figures = {p.stem for p in folder.glob('*.png')}
-    assert figures == {f'fig{i}_{n}' for i, n in enumerate((
-        'logits', 'theory', 'disagreement', 'gallery', 'targets', 'students', 'lengths',
-        'classes', 'eps', 'learned'), 1)}
+    assert figures == {
+        f'fig{i}_{n}'
+        for i, n in enumerate(
+            (
+                'logits',
+                'theory',
+                'disagreement',
+                'gallery',
+                'targets',
+                'students',
+                'lengths',
+                'classes',
+                'eps',
+                'learned',
+            ),
+            1,
+        )
+    }
     text = ' '.join(c['claim'] for c in claims)
     for number in range(17):
         assert f'V{number} ' in text, number
@@ -497,11 +546,10 @@ def test_teachers_are_left_alone_and_see_the_same_view(tmp_path, monkeypatch):
 
     def watched(*a, **k):
         model = build(*a, **k)
-        model.register_forward_pre_hook(
-            lambda m, x: seen.append(x[0].clone()) if m.training else None)
+        model.register_forward_pre_hook(lambda m, x: seen.append(x[0].clone()) if m.training else None)
         return model
-    monkeypatch.setattr(common.train_model, '__kwdefaults__',
-                        common.train_model.__kwdefaults__ | dict(build=watched))
+
+    monkeypatch.setattr(common.train_model, '__kwdefaults__', common.train_model.__kwdefaults__ | dict(build=watched))
     ld.distil(args, data, lesson, 'M0', 1, 0, device)
     assert len(seen) == len(taught) == 4
     assert all(torch.equal(a, b) for a, b in zip(seen, taught))
@@ -523,6 +571,7 @@ def test_wrong_answers_of_the_teacher_can_be_left_out(tmp_path):
 
 
 # --------------------------------------------------------------------------------- verdicts
+
 
 def synthetic(results, robust):
     """The results with other worst-case accuracies: {name: share at the radius of claims}."""
@@ -547,8 +596,7 @@ def synthetic(results, robust):
             run['learned'] = {k: (v[1], v[1]) for k, v in run['learned'].items()}
             run['kl'] = 0.1 * run['constant_kl']
         elif 'LSQ' in key:
-            run['measures']['centred'] = common.unpack(
-                out['logits-s0']['AT']['centred']).astype(float).mean()
+            run['measures']['centred'] = common.unpack(out['logits-s0']['AT']['centred']).astype(float).mean()
     out['test_labels'] = (out['test_labels'] * math.ceil(400 / n))[:400]
     out['collapsed-s0'] = []
     return out
@@ -563,24 +611,71 @@ def verdict(claims, start):
 TEACHERS = {'STD net': 0.05, 'AT net': 0.85}
 
 
-@pytest.mark.parametrize('robust,expected', (
-    (dict(M0=0.65, M1=0.1, M2=0.1, M4=0.1, M11=0.1, M12=0.1, M16=0.06, M17=0.06, M7=0.1, M8=0.4,
-          M6=0.1, M5=0.3, K2=0.4, K3=0.5, K5=0.6, M15=0.1, LSQ=0.06), 'supported'),
-    (dict(M0=0.55, M1=0.65, M2=0.65, M4=0.65, M11=0.65, M12=0.65, M16=0.6, M17=0.6, M7=0.65,
-          M8=0.3, M6=0.6, M5=0.5, K2=0.4, K3=0.3, K5=0.2, M15=0.6, LSQ=0.6), 'contradicted')))
+@pytest.mark.parametrize(
+    'robust,expected',
+    (
+        (
+            dict(
+                M0=0.65,
+                M1=0.1,
+                M2=0.1,
+                M4=0.1,
+                M11=0.1,
+                M12=0.1,
+                M16=0.06,
+                M17=0.06,
+                M7=0.1,
+                M8=0.4,
+                M6=0.1,
+                M5=0.3,
+                K2=0.4,
+                K3=0.5,
+                K5=0.6,
+                M15=0.1,
+                LSQ=0.06,
+            ),
+            'supported',
+        ),
+        (
+            dict(
+                M0=0.55,
+                M1=0.65,
+                M2=0.65,
+                M4=0.65,
+                M11=0.65,
+                M12=0.65,
+                M16=0.6,
+                M17=0.6,
+                M7=0.65,
+                M8=0.3,
+                M6=0.6,
+                M5=0.5,
+                K2=0.4,
+                K3=0.3,
+                K5=0.2,
+                M15=0.6,
+                LSQ=0.6,
+            ),
+            'contradicted',
+        ),
+    ),
+)
 def test_verdicts_on_students(finished, tmp_path, robust, expected):
     claims = ld.judge(synthetic(finished[1], TEACHERS | robust), tmp_path)
     assert verdict(claims, 'V9 ') == 'supported' and verdict(claims, 'V0 ') == 'supported'
-    for start in ('V10 Small logits alone are not enough: label smoothing',
-                  "V10 Small logits alone are not enough: STD's",
-                  'V10 Small logits alone are not enough: logit squeezing',
-                  'V11 Sample-wise confidence matters: made constant',
-                  'V11 Sample-wise confidence matters: shuffled',
-                  'V12 Information on incorrect classes matters: permuted at every',
-                  'V12 Information on incorrect classes matters: permuted once',
-                  'V12 Information on incorrect classes matters: made equal', 'V12 It is essential',
-                  'V13 The order of', 'V14 The distributions are complex, summaries do not do: '
-                  'class means'):
+    for start in (
+        'V10 Small logits alone are not enough: label smoothing',
+        "V10 Small logits alone are not enough: STD's",
+        'V10 Small logits alone are not enough: logit squeezing',
+        'V11 Sample-wise confidence matters: made constant',
+        'V11 Sample-wise confidence matters: shuffled',
+        'V12 Information on incorrect classes matters: permuted at every',
+        'V12 Information on incorrect classes matters: permuted once',
+        'V12 Information on incorrect classes matters: made equal',
+        'V12 It is essential',
+        'V13 The order of',
+        'V14 The distributions are complex, summaries do not do: class means',
+    ):
         assert verdict(claims, start) == expected, start
     if expected == 'supported':
         assert verdict(claims, 'V15') == 'supported'
@@ -590,19 +685,16 @@ def test_verdicts_on_students(finished, tmp_path, robust, expected):
 
 def test_small_differences_between_students_are_inconclusive(finished, tmp_path):
     claims = ld.judge(synthetic(finished[1], TEACHERS | dict(M0=0.5, M4=0.40)), tmp_path)
-    assert verdict(claims, 'V12 Information on incorrect classes matters: made equal') == \
-        'inconclusive'
+    assert verdict(claims, 'V12 Information on incorrect classes matters: made equal') == 'inconclusive'
 
 
 def test_a_student_that_did_not_learn_its_target_has_no_verdict(finished, tmp_path):
     results = synthetic(finished[1], TEACHERS | dict(M0=0.65, M4=0.1))
     results['student-M4-e3-s0']['confidence'] *= 0.8
     claims = ld.judge(results, tmp_path)
-    assert 'invalid, M4 fails V0' in verdict(
-        claims, 'V12 Information on incorrect classes matters: made equal')
+    assert 'invalid, M4 fails V0' in verdict(claims, 'V12 Information on incorrect classes matters: made equal')
     assert verdict(claims, 'V0 ') == 'contradicted'
-    assert verdict(claims, 'V12 Information on incorrect classes matters: permuted once') \
-        == 'supported'
+    assert verdict(claims, 'V12 Information on incorrect classes matters: permuted once') == 'supported'
     results = synthetic(finished[1], TEACHERS | dict(M0=0.65, M11=0.1))
     first = next(iter(results['student-M0-e3-s0']['masking']))
     results['student-M0-e3-s0']['masking'][first] = (0.5, 0.1, True)
@@ -623,8 +715,7 @@ def test_a_growing_student_contradicts_nothing(finished, tmp_path):
     row = 'V12 Information on incorrect classes matters: made equal'
     assert verdict(ld.judge(results, tmp_path), row) == 'contradicted'
     first = results['lengths'][0]
-    results[f'student-M0-e{first}-s0']['worst'] = [
-        common.pack((np.arange(400) < 100).astype(np.uint8))] * 2
+    results[f'student-M0-e{first}-s0']['worst'] = [common.pack((np.arange(400) < 100).astype(np.uint8))] * 2
     claims = ld.judge(results, tmp_path)
     assert 'has not converged' in verdict(claims, row)
     assert verdict(claims, 'Control: the distillation has converged') == 'contradicted'
@@ -637,11 +728,11 @@ def test_intervals_hold_what_images_and_retraining_change(finished):
     value, low, high = ld.interval(accuracy('AT net'))
     assert (high - low) / 2 == pytest.approx(1.96 * (0.85 * 0.15 / 400) ** 0.5, rel=0.1)
     value, low, high = ld.interval(accuracy('M0'))
-    variance = 0.25 / 400 + 0.25 * sum(v ** 2 for v in ld.RETRAINED.values())
-    assert (high - low) / 2 == pytest.approx(1.96 * variance ** 0.5, rel=0.1)
+    variance = 0.25 / 400 + 0.25 * sum(v**2 for v in ld.RETRAINED.values())
+    assert (high - low) / 2 == pytest.approx(1.96 * variance**0.5, rel=0.1)
     # the same images and the same luck: only each student's own noise is left
     value, low, high = ld.interval(accuracy('M0') - accuracy('M4'))
-    own = 1.96 * 0.5 * 2 ** 0.5 * ld.RETRAINED['each']
+    own = 1.96 * 0.5 * 2**0.5 * ld.RETRAINED['each']
     assert (high - low) / 2 == pytest.approx(own, rel=0.1)
     value, low, high = ld.interval(accuracy('M11'))
     assert value == 0 and high > low  # none of 400 is not for certain none
@@ -652,8 +743,7 @@ def test_nothing_follows_from_a_student_that_keeps_nothing(finished, tmp_path):
     claims = ld.judge(synthetic(finished[1], TEACHERS | dict(M0=0.06, M4=0.05)), tmp_path)
     assert verdict(claims, 'V9 ') == 'contradicted'
     assert 'M0 itself keeps less' in verdict(claims, 'V12 Information')
-    claims = ld.judge(synthetic(finished[1], {'STD net': 0.3, 'AT net': 0.31, 'M0': 0.3}),
-                      tmp_path)
+    claims = ld.judge(synthetic(finished[1], {'STD net': 0.3, 'AT net': 0.31, 'M0': 0.3}), tmp_path)
     assert 'not more robust' in verdict(claims, 'V9 ')
 
 
@@ -665,8 +755,7 @@ def test_differences_of_natural_accuracy_ask_for_a_second_look(finished, tmp_pat
     right[40:260] = 0
     run['natural'] = common.pack(right)
     claims = ld.judge(results, tmp_path)
-    row = next(c for c in claims if c['claim'].startswith(
-        'V12 Information on incorrect classes matters: made equal'))
+    row = next(c for c in claims if c['claim'].startswith('V12 Information on incorrect classes matters: made equal'))
     assert row['verdict'] == 'inconclusive' and 'on the 180 images' in row['measured']
     assert verdict(claims, 'V16') == 'contradicted'
 
@@ -695,8 +784,7 @@ def with_logits(results, scale, other=None):
 
 def test_verdicts_on_logits(finished, tmp_path):
     claims = ld.judge(with_logits(finished[1], 0.6), tmp_path)
-    for start in ('V1 AT lowers', 'V1 The same, minus', 'V1 The same, on', 'V2 AT', 'V2 The',
-                  'V2 Every', 'V3'):
+    for start in ('V1 AT lowers', 'V1 The same, minus', 'V1 The same, on', 'V2 AT', 'V2 The', 'V2 Every', 'V3'):
         assert verdict(claims, start) == 'supported', start
     assert verdict(claims, 'V6') == 'contradicted'  # the same ranks
     claims = ld.judge(with_logits(finished[1], 1.5, lambda v: v[::-1].copy()), tmp_path)
@@ -709,15 +797,12 @@ def test_verdicts_on_the_scale(finished, tmp_path):
     results = json.loads(json.dumps(finished[1]))
     results['collapsed-s0'] = []
     scales = results['theory-s0']
-    for name, kind, value in (('AT', 'attacked', 1.05), ('STD', 'natural', None),
-                              ('STD', 'attacked', 0.1)):
-        scales[name]['scales'][kind] |= dict(best=value, interval=[0.9 * (value or 1),
-                                                                   1.1 * (value or 1)])
+    for name, kind, value in (('AT', 'attacked', 1.05), ('STD', 'natural', None), ('STD', 'attacked', 0.1)):
+        scales[name]['scales'][kind] |= dict(best=value, interval=[0.9 * (value or 1), 1.1 * (value or 1)])
     claims = ld.judge(results, tmp_path)
     starts = ('V4 AT', 'V4 STD', 'V4 and')
     assert [verdict(claims, s) for s in starts] == ['supported'] * 3
-    for name, kind, value in (('AT', 'attacked', 2.0), ('STD', 'natural', 0.9),
-                              ('STD', 'attacked', 0.9)):
+    for name, kind, value in (('AT', 'attacked', 2.0), ('STD', 'natural', 0.9), ('STD', 'attacked', 0.9)):
         scales[name]['scales'][kind] |= dict(best=value, interval=[0.9 * value, 1.1 * value])
     claims = ld.judge(results, tmp_path)
     assert [verdict(claims, s) for s in starts] == ['contradicted'] * 3
@@ -734,8 +819,7 @@ def test_any_choice_of_students_is_drawn_and_judged(finished, tmp_path, students
     for key in list(results):
         if key.startswith('student-') and key.split('-')[1] not in students:
             del results[key]
-    results['example-s0']['targets'] = {
-        k: v for k, v in results['example-s0']['targets'].items() if k in students}
+    results['example-s0']['targets'] = {k: v for k, v in results['example-s0']['targets'].items() if k in students}
     common.start_log()
     ld.print_table(results)
     ld.draw(results, tmp_path)

@@ -2,6 +2,7 @@
 
 The numbers (1) to (16) are those of the estimators' known answers; nats where it says so.
 """
+
 import json
 import math
 from functools import partial
@@ -29,8 +30,7 @@ def kde(t, y=None, variance=0.1, classes=None, **options):
     out = {}
     for bound in ('lower', 'upper'):
         x, given = k[bound][0].mean(), k[bound + '_given'][0, 0].mean()
-        out |= {bound: x.item() * LN2, bound + '_y': (x - given).item() * LN2,
-                bound + '_given': given.item() * LN2}
+        out |= {bound: x.item() * LN2, bound + '_y': (x - given).item() * LN2, bound + '_given': given.item() * LN2}
     return out
 
 
@@ -66,6 +66,7 @@ def label_entropy(y):
 
 # ------------------------------------------------------------------------- (1) to (3): clusters
 
+
 def test_1_equal_rows_know_nothing():
     t, y = torch.full((60, 7), 3.2), torch.arange(60) % 3
     found = kde(t, y)
@@ -98,9 +99,16 @@ def test_3_clusters_that_are_the_classes_and_clusters_that_are_not():
 
 # ------------------------------------------------------------------ (4) to (6): known channels
 
-@pytest.mark.parametrize('r,lower,truth,upper', (
-    (0.25, 0.015503, 0.030311, 0.060548), (1, 0.060548, 0.111421, 0.219070),
-    (4, 0.219070, 0.336831, 0.566219), (16, 0.566219, 0.632720, 0.692812)))
+
+@pytest.mark.parametrize(
+    'r,lower,truth,upper',
+    (
+        (0.25, 0.015503, 0.030311, 0.060548),
+        (1, 0.060548, 0.111421, 0.219070),
+        (4, 0.219070, 0.336831, 0.566219),
+        (16, 0.566219, 0.632720, 0.692812),
+    ),
+)
 def test_4_two_points_bracket_the_binary_channel(r, lower, truth, upper):
     t = torch.tensor([[0.0], [math.sqrt(r * 0.1)]], dtype=torch.float64)
     found = kde(t)
@@ -110,8 +118,7 @@ def test_4_two_points_bracket_the_binary_channel(r, lower, truth, upper):
     assert found['lower'] == pytest.approx(LN2 - math.log1p(math.exp(-r / 8)), abs=1e-12)
     generator = torch.Generator().manual_seed(0)
     # the same two points many times over: the same mixture, many draws at once
-    terms = mi.monte_carlo(t.repeat(500, 1), torch.zeros(1000, dtype=torch.long), 0.1, 60,
-                           generator)
+    terms = mi.monte_carlo(t.repeat(500, 1), torch.zeros(1000, dtype=torch.long), 0.1, 60, generator)
     assert terms[0].mean().item() * LN2 == pytest.approx(truth, abs=4e-3)
     assert abs(terms[1].mean().item()) < 1e-12  # one class: nothing to learn
 
@@ -120,10 +127,8 @@ def test_4_two_points_bracket_the_binary_channel(r, lower, truth, upper):
 def test_5_gaussian_source_reaches_its_limits(d, r, tolerance):
     found = kde(points(6000, d, std=math.sqrt(0.1 * r)))
     truth = d / 2 * math.log(1 + r)
-    assert found['upper'] == pytest.approx(d / 2 * (math.log(1 + r) + r / (1 + r)),
-                                           abs=tolerance)
-    assert found['lower'] == pytest.approx(d / 2 * (math.log(1 + r / 4) + r / 4 / (1 + r / 4)),
-                                           abs=0.03)
+    assert found['upper'] == pytest.approx(d / 2 * (math.log(1 + r) + r / (1 + r)), abs=tolerance)
+    assert found['lower'] == pytest.approx(d / 2 * (math.log(1 + r / 4) + r / 4 / (1 + r / 4)), abs=0.03)
     assert found['lower'] < truth < found['upper']
 
 
@@ -153,6 +158,7 @@ def test_6_lower_referee_upper_ceiling(d, std):
 
 
 # ---------------------------------------------------------------- (7) to (9): invariances, limits
+
 
 def test_7_invariances():
     t, y = points(300, 6, std=0.4), torch.arange(300) % 5
@@ -193,9 +199,10 @@ def test_9_small_and_large_noise():
 
 # ------------------------------------------------------------- (10) to (14): ceilings, precision
 
-@pytest.mark.parametrize('size,repeats,pool,bits', ((500, 10, 10000, 11.87),
-                                                    (2500, 2, 10000, 12.04),
-                                                    (750, 6, 8000, 11.70)))
+
+@pytest.mark.parametrize(
+    'size,repeats,pool,bits', ((500, 10, 10000, 11.87), (2500, 2, 10000, 12.04), (750, 6, 8000, 11.70))
+)
 def test_10_overlapping_samples_lower_the_ceiling(size, repeats, pool, bits):
     dataset = {500: 'cifar10', 2500: 'mnist', 750: 'stl10'}[size]
     args = type('Args', (), dict(as_published=True, dataset=dataset, arch='lenet5'))
@@ -230,9 +237,9 @@ def test_12_float32_with_an_offset_is_exact_and_the_raw_diagonal_is_not():
     assert max(abs(raw[name] - exact[name]) / LN2 for name in exact) > 1e-3
 
 
-@pytest.mark.parametrize('n,d,std,dtype', ((700, 3, 0.3, torch.float64),
-                                           (500, 900, 0.02, torch.float32),
-                                           (500, 900, 0.3, torch.float32)))
+@pytest.mark.parametrize(
+    'n,d,std,dtype', ((700, 3, 0.3, torch.float64), (500, 900, 0.02, torch.float32), (500, 900, 0.3, torch.float32))
+)
 def test_13_tiles_equal_the_direct_way(n, d, std, dtype):
     t, y = points(n, d, std=std, dtype=dtype), torch.arange(n) % 7
     labels = torch.stack((y, y.flip(0)))
@@ -247,11 +254,12 @@ def test_13_tiles_equal_the_direct_way(n, d, std, dtype):
     assert torch.allclose(early[0], whole[0], rtol=1e-9)
     assert (early[1] >= torch.minimum(whole[1], torch.tensor(mi.NEGLIGIBLE * 0.8)) - 1e-3).all()
     expected = direct(t, y)
-    assert kde(t, y) == pytest.approx(expected | {k: kde(t, y)[k] for k in (
-        'lower_given', 'upper_given')}, abs=1e-10 if dtype == torch.float64 else 1e-7)
+    assert kde(t, y) == pytest.approx(
+        expected | {k: kde(t, y)[k] for k in ('lower_given', 'upper_given')},
+        abs=1e-10 if dtype == torch.float64 else 1e-7,
+    )
     both = mi.kde_terms(t, labels, 7)
-    assert torch.allclose(both['lower_given'][0, 1], mi.kde_terms(
-        t, labels[1:], 7)['lower_given'][0, 0], atol=1e-9)
+    assert torch.allclose(both['lower_given'][0, 1], mi.kde_terms(t, labels[1:], 7)['lower_given'][0, 0], atol=1e-9)
 
 
 def test_13_hashed_cells_are_the_cells():
@@ -279,6 +287,7 @@ def test_14_cells_by_hand():
 
 
 # ------------------------------------------------------------------ (15), (16): images and attack
+
 
 def test_15_saturation():
     x = torch.linspace(0, 1, 101).view(1, 1, 1, -1)
@@ -332,13 +341,18 @@ def test_16_the_attack_stays_in_its_ball_and_raises_the_loss(tiny_setting):
 
 # -------------------------------------------------------------------------- layers and networks
 
-@pytest.mark.parametrize('arch,shape,sizes', (
-    ('lenet5', (1, 28, 28), (3456, 1024, 120, 84, 10)),
-    ('wrn-10-1', (3, 32, 32), (16384, 16384, 16384, 8192, 10)),
-    ('wrn-10-1', (3, 96, 96), (147456, 147456, 147456, 73728, 10)),
-    ('small-cnn', (3, 32, 32), (8192, 8192, 4096, 2048, 10)),
-    ('resnet18', (3, 32, 32), (65536, 32768, 16384, 8192, 10)),
-    ('preact-resnet18', (3, 32, 32), (65536, 32768, 16384, 8192, 10))))
+
+@pytest.mark.parametrize(
+    'arch,shape,sizes',
+    (
+        ('lenet5', (1, 28, 28), (3456, 1024, 120, 84, 10)),
+        ('wrn-10-1', (3, 32, 32), (16384, 16384, 16384, 8192, 10)),
+        ('wrn-10-1', (3, 96, 96), (147456, 147456, 147456, 73728, 10)),
+        ('small-cnn', (3, 32, 32), (8192, 8192, 4096, 2048, 10)),
+        ('resnet18', (3, 32, 32), (65536, 32768, 16384, 8192, 10)),
+        ('preact-resnet18', (3, 32, 32), (65536, 32768, 16384, 8192, 10)),
+    ),
+)
 def test_hooked_layers_have_the_papers_sizes(arch, shape, sizes):
     model = mi.build(arch, 10, shape, 0)
     x = torch.rand(3, *shape)
@@ -383,6 +397,7 @@ def test_one_batch_of_the_small_cnn_as_published_is_its_train_mode():
 
 # ------------------------------------------------------------------------- epochs and intervals
 
+
 def test_measured_epochs():
     assert mi.measured_epochs(6, 20, False) == list(range(7))
     assert mi.measured_epochs(6, 20, True) == list(range(6))
@@ -403,7 +418,7 @@ def test_replicates_average_images():
     terms = points(500, 1)[:, 0]
     means = weights @ terms
     assert means[0] == pytest.approx(terms.mean().item())
-    assert means[1:].std().item() == pytest.approx(terms.std().item() / 500 ** 0.5, rel=0.15)
+    assert means[1:].std().item() == pytest.approx(terms.std().item() / 500**0.5, rel=0.15)
 
 
 def test_the_interval_has_the_spread_of_fresh_samples():
@@ -435,8 +450,7 @@ def test_interval_pairs_replicates_and_resamples_seeds():
 def test_null_and_bracket_of_informative_outputs():
     y = torch.arange(600) % 3
     t = F.one_hot(y).double() * 3 + points(600, 3, std=0.1)
-    labels = torch.stack([y, *(y[torch.randperm(600, generator=torch.Generator().manual_seed(i))]
-                               for i in range(3))])
+    labels = torch.stack([y, *(y[torch.randperm(600, generator=torch.Generator().manual_seed(i))] for i in range(3))])
     found = mi.layer_information(t, labels, 3, mi.replicate_weights(600))
     upper, lower, cells = found['values'][3:, 0]
     assert lower == pytest.approx(math.log2(3), abs=0.01)
@@ -454,8 +468,7 @@ def test_log_nearest_and_ratio_by_hand():
     t, y = points(90, 5), torch.arange(90) % 4
     s = torch.cdist(t, t).square()
     same = (y[:, None] == y) & ~torch.eye(90, dtype=torch.bool)
-    assert mi.distance_ratio(t, y, 4) == pytest.approx(
-        math.sqrt(s[y[:, None] != y].mean() / s[same].mean()))
+    assert mi.distance_ratio(t, y, 4) == pytest.approx(math.sqrt(s[y[:, None] != y].mean() / s[same].mean()))
 
 
 def test_rank_correlation():
@@ -465,6 +478,7 @@ def test_rank_correlation():
 
 
 # ---------------------------------------------------------------------------- the measurements
+
 
 def test_influences_are_derivatives_of_the_mean():
     """What an image contributes is what the estimate gains when it weighs a little more."""
@@ -490,7 +504,7 @@ def test_influences_are_derivatives_of_the_mean():
         assert whole.item() == pytest.approx(found[name].mean().item())
         assert given.item() == pytest.approx(found[name + '_given'].mean().item())
         for mean, key in ((whole, f'influence_{name}'), (given, f'influence_{name}_given')):
-            gradient, = torch.autograd.grad(mean, weights, retain_graph=True)
+            (gradient,) = torch.autograd.grad(mean, weights, retain_graph=True)
             influence = found[key].flatten()
             assert torch.allclose(40 * centred(gradient), centred(influence), atol=1e-9)
 
@@ -504,12 +518,12 @@ def test_nothing_is_said_twice_about_certified_outputs():
 
 def test_all_zero_and_tiny_outputs():
     y = torch.arange(40) % 4
-    zero = mi.layer_information(torch.zeros(40, 3), y.expand(4, -1), 4,
-                                mi.replicate_weights(40), unit=True)
+    zero = mi.layer_information(torch.zeros(40, 3), y.expand(4, -1), 4, mi.replicate_weights(40), unit=True)
     assert torch.isfinite(zero['unit']).all() and zero['unit'].abs().max() < 1e-9
     t = points(40, 3)
-    plain, tiny = (mi.layer_information(k * t, y.expand(4, -1), 4, mi.replicate_weights(40),
-                                        unit=True)['unit'] for k in (1, 1e-7))
+    plain, tiny = (
+        mi.layer_information(k * t, y.expand(4, -1), 4, mi.replicate_weights(40), unit=True)['unit'] for k in (1, 1e-7)
+    )
     assert torch.allclose(plain, tiny, atol=1e-6)
 
 
@@ -520,14 +534,12 @@ def test_distortions_come_after_the_attack_on_the_plain_image(tiny_setting):
     x, y = tiny_setting.images(tiny_setting.sample())
     x_adv = tiny_setting.attack(model, x, y)
     for kind, images in (('clean', x), ('adv', x_adv)):
-        for name, level in (('saturation', 2), ('saturation', 64), ('patches', 0),
-                            ('patches', 4)):
+        for name, level in (('saturation', 2), ('saturation', 64), ('patches', 0), ('patches', 4)):
             with common.frozen(model), torch.no_grad():
                 logits = model(mi.distort(images, name, level))
             loss = common.unpack(found[name][level][kind]['loss'])[0]
             assert loss == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-4)
-            assert (common.unpack(found[name][level][kind]['predicted'])
-                    == logits.argmax(1).numpy()).all()
+            assert (common.unpack(found[name][level][kind]['predicted']) == logits.argmax(1).numpy()).all()
 
 
 def test_a_measurement_is_that_of_its_layers(tiny_setting):
@@ -539,14 +551,11 @@ def test_a_measurement_is_that_of_its_layers(tiny_setting):
     with common.frozen(model), torch.no_grad():
         logits = model(x)
     expected = direct(logits, y)
-    for name, key in (('x_upper', 'upper'), ('x_lower', 'lower'), ('y_upper', 'upper_y'),
-                      ('y_lower', 'lower_y')):
-        assert values[-1, mi.QUANTITIES.index(name), 0] == pytest.approx(
-            expected[key] / LN2, abs=1e-5)
+    for name, key in (('x_upper', 'upper'), ('x_lower', 'lower'), ('y_upper', 'upper_y'), ('y_lower', 'lower_y')):
+        assert values[-1, mi.QUANTITIES.index(name), 0] == pytest.approx(expected[key] / LN2, abs=1e-5)
     assert found['rms'] == pytest.approx(logits.square().mean().sqrt().item(), rel=1e-5)
     unit = direct(logits / found['rms'], y)
-    assert common.unpack(found['unit'])[:2, 0] == pytest.approx(
-        (unit['lower'] / LN2, unit['lower_y'] / LN2), abs=1e-5)
+    assert common.unpack(found['unit'])[:2, 0] == pytest.approx((unit['lower'] / LN2, unit['lower_y'] / LN2), abs=1e-5)
     for k in range(10):  # each class its own entropy
         own = direct(logits[y == k], y[y == k])['lower'] / LN2 + mi.noise_entropy(10)
         assert found['layers'][-1]['entropy'][1 + k] == pytest.approx(own, abs=1e-4)
@@ -564,16 +573,39 @@ def test_training_measures_are_natural_first_and_attacked_second(tiny_setting):
 
 # --------------------------------------------------------------------------------- the verdicts
 
+
 def synthetic(**changes):
     """results of two networks of which every one of the paper's claims is true.
 
     Two layers: the first saturated, the second moving; 200 images, ten classes.
     """
     rng, epochs, n = np.random.default_rng(0), list(range(6)), 200
-    c = dict(nt_x=5.0, at_x=3.0, nt_y=3.0, at_y=2.0, at_adv_y=1.0, null=0.1, nt_adv=0.02,
-             at_acc=0.7, nt_train=0.95, keep_patch=0.8, keep_saturation=0.3, default=0.1,
-             at_saturation=0.9, nt_saturation=0.5, at_patches=0.4, nt_patches=0.8, unit=1.0,
-             adv_order=1, ceiling_gap=0.0, unit_null=0.1, nt_y_upper=3.2) | changes
+    c = (
+        dict(
+            nt_x=5.0,
+            at_x=3.0,
+            nt_y=3.0,
+            at_y=2.0,
+            at_adv_y=1.0,
+            null=0.1,
+            nt_adv=0.02,
+            at_acc=0.7,
+            nt_train=0.95,
+            keep_patch=0.8,
+            keep_saturation=0.3,
+            default=0.1,
+            at_saturation=0.9,
+            nt_saturation=0.5,
+            at_patches=0.4,
+            nt_patches=0.8,
+            unit=1.0,
+            adv_order=1,
+            ceiling_gap=0.0,
+            unit_null=0.1,
+            nt_y_upper=3.2,
+        )
+        | changes
+    )
 
     def spread(value, width=0.01):
         return np.concatenate(([value], value + width * rng.normal(size=mi.REPLICATES)))
@@ -583,31 +615,55 @@ def synthetic(**changes):
 
     def measurement(method, kind, grown=1.0, level=1.0, predicted=None):
         x = (c['nt_x'] if method == 'standard' else c['at_x']) * grown
-        y = (c['nt_y'] if method == 'standard' else
-             c['at_y'] if kind == 'clean' else c['at_adv_y']) * grown * level
+        y = (c['nt_y'] if method == 'standard' else c['at_y'] if kind == 'clean' else c['at_adv_y']) * grown * level
         upper = c['nt_y_upper'] * grown if method == 'standard' else y
         top, h = math.log2(n), math.log2(10)
         first = [top, top - c['ceiling_gap'], top, h, h, h]
         second = [x + 1, x, x + 1, upper, y, y]
-        accuracy = {'standard': {'clean': 0.95, 'adv': c['nt_adv']},
-                    'pgd': {'clean': c['at_acc'], 'adv': 0.5}}[method][kind] * level
+        accuracy = {'standard': {'clean': 0.95, 'adv': c['nt_adv']}, 'pgd': {'clean': c['at_acc'], 'adv': 0.5}}[method][
+            kind
+        ] * level
         null = [c['null']] * 3
-        return dict(values=pack([[spread(v, 0.001) for v in layer] for layer in (first, second)]),
-                    unit=pack([spread(x * c['unit']), spread(y), spread(c['unit_null'] * level)]),
-                    accuracy=pack(spread(accuracy, 0.002)), loss=pack(spread(1.0)),
-                    predicted=common.pack(np.asarray(predicted if predicted is not None else
-                                                     np.zeros(n), np.int16)),
-                    label=common.pack((np.arange(n) % 10).astype(np.int16)), ceiling=top,
-                    label_entropy=h, rms=1.0, layers=[
-                        dict(null=[h] * 3, dimensions=999, entropy=[9.0] * 11, log_nearest=None,
-                             ratio=1.0, certified=True, bracket=[h, h]),
-                        dict(null=null, dimensions=10, entropy=[5.0] * 11, log_nearest=x,
-                             ratio=1 + y, certified=False, bracket=[0.0, h])])
+        return dict(
+            values=pack([[spread(v, 0.001) for v in layer] for layer in (first, second)]),
+            unit=pack([spread(x * c['unit']), spread(y), spread(c['unit_null'] * level)]),
+            accuracy=pack(spread(accuracy, 0.002)),
+            loss=pack(spread(1.0)),
+            predicted=common.pack(np.asarray(predicted if predicted is not None else np.zeros(n), np.int16)),
+            label=common.pack((np.arange(n) % 10).astype(np.int16)),
+            ceiling=top,
+            label_entropy=h,
+            rms=1.0,
+            layers=[
+                dict(
+                    null=[h] * 3,
+                    dimensions=999,
+                    entropy=[9.0] * 11,
+                    log_nearest=None,
+                    ratio=1.0,
+                    certified=True,
+                    bracket=[h, h],
+                ),
+                dict(
+                    null=null,
+                    dimensions=10,
+                    entropy=[5.0] * 11,
+                    log_nearest=x,
+                    ratio=1 + y,
+                    certified=False,
+                    bracket=[0.0, h],
+                ),
+            ],
+        )
 
-    results = dict(config=dict(seeds=[0], dataset='cifar10', arch='wrn-10-1', variance=0.1,
-                               as_published=False), epochs=epochs, samples=n,
-                   classes=list('abcdefghij'), layers=['conv1', 'fc'],
-                   levels=dict(saturation=[2, 64], patches=[0, 4]))
+    results = dict(
+        config=dict(seeds=[0], dataset='cifar10', arch='wrn-10-1', variance=0.1, as_published=False),
+        epochs=epochs,
+        samples=n,
+        classes=list('abcdefghij'),
+        layers=['conv1', 'fc'],
+        levels=dict(saturation=[2, 64], patches=[0, 4]),
+    )
     label = np.arange(n) % 10
     wrong = (label + 1) % 10
     for method in mi.METHODS:
@@ -616,7 +672,8 @@ def synthetic(**changes):
             grown = (e + 1) / 6
             results[f'plane-{name}-e{e}'] = {
                 'clean': measurement(method, 'clean', grown),
-                'adv': measurement(method, 'adv', grown if c['adv_order'] > 0 else 7 / 6 - grown)}
+                'adv': measurement(method, 'adv', grown if c['adv_order'] > 0 else 7 / 6 - grown),
+            }
         distortion = {}
         for kind_of, levels in results['levels'].items():
             share = c[('nt_' if method == 'standard' else 'at_') + kind_of]
@@ -627,16 +684,25 @@ def synthetic(**changes):
                 clean = np.where(np.arange(n) < c['default'] * n, wrong, label) if i else label
                 distortion[kind_of][str(level)] = {
                     'clean': measurement(method, 'clean', 1, share if i else 1, clean),
-                    'adv': measurement(method, 'adv', 1, share if i else 1, adv)}
+                    'adv': measurement(method, 'adv', 1, share if i else 1, adv),
+                }
         results[f'distortion-{name}'] = distortion
         natural, attacked = (c['nt_train'], 0.01) if method == 'standard' else (0.8, 0.4)
-        results[f'train-{name}'] = pack([[spread(1 - natural), spread(natural, 0.002)],
-                                         [spread(1.5 - attacked), spread(attacked, 0.002)]])
+        results[f'train-{name}'] = pack(
+            [[spread(1 - natural), spread(natural, 0.002)], [spread(1.5 - attacked), spread(attacked, 0.002)]]
+        )
         x = c['nt_x'] if method == 'standard' else c['at_x']
         results[f'scale-{name}'] = dict(
-            curves=np.zeros((2, 2, 2, len(mi.CURVE))).tolist(), rms=1.0, spread=1.0,
-            logits=pack([spread(x) for _ in mi.CURVE]), relative=pack(spread(x)),
-            bounds=[1.0, 2.0], referee=[1.5, 1.0], referee_error=[0.01, 0.01], cells=0.0)
+            curves=np.zeros((2, 2, 2, len(mi.CURVE))).tolist(),
+            rms=1.0,
+            spread=1.0,
+            logits=pack([spread(x) for _ in mi.CURVE]),
+            relative=pack(spread(x)),
+            bounds=[1.0, 2.0],
+            referee=[1.5, 1.0],
+            referee_error=[0.01, 0.01],
+            cells=0.0,
+        )
         results[f'collapsed-{name}'] = False
         results[f'history-{name}'] = []
     return json.loads(json.dumps(results, default=lambda v: v.tolist()))
@@ -655,8 +721,7 @@ def verdicts(tmp_path, **changes):
 
 
 def verdict(rows, start, control=False):
-    found = [v for text, source, v in rows
-             if text.startswith(start) and (source == 'control') == control]
+    found = [v for text, source, v in rows if text.startswith(start) and (source == 'control') == control]
     assert found, start
     return found
 
@@ -668,39 +733,46 @@ def test_results_of_which_every_claim_is_true_support_every_claim(tmp_path, few_
             assert found == 'contradicted'
         elif 'V1 Control' in text:  # the two series were made alike
             assert found == 'contradicted'
-        elif 'V2c The same with logits' in text or 'V5' in text and 'unit RMS' in text:
+        elif 'V2c The same with logits' in text or ('V5' in text and 'unit RMS' in text):
             pass  # below, and not 90 % of H(Y)
         elif not text.startswith('V6 I(T'):
             assert found == 'supported', (text, source, found)
 
 
-@pytest.mark.parametrize('changes,claim,control,expected', (
-    (dict(adv_order=-1), 'V1 Through training', False, 'contradicted'),
-    (dict(nt_x=25.0), 'V1 Through training, information on natural and adversarial images '
-     'moves alike in NT', False, 'uninformative'),
-    (dict(nt_x=2.0), 'V2b', False, 'contradicted'),
-    (dict(nt_x=7.62), 'V2b', False, 'uninformative'),
-    (dict(nt_x=3.0), 'V2b', False, 'inconclusive'),
-    (dict(nt_x=2.0), 'V2c The same with logits', True, 'contradicted'),
-    (dict(nt_x=2.0), 'V2c The same, at every', True, 'contradicted'),
-    (dict(at_y=3.2, at_adv_y=3.3), 'V2d', False, 'contradicted'),
-    (dict(at_y=3.2, at_adv_y=3.3), 'V2d', True, 'contradicted'),
-    (dict(null=2.98), 'V2d AT', False, 'uninformative'),
-    (dict(null=2.98), 'V3c', False, 'uninformative'),
-    (dict(at_acc=0.99), 'V2a AT is harder: accuracy on natural', False, 'contradicted'),
-    (dict(nt_train=0.2), 'V2a AT is harder: accuracy on training', False, 'contradicted'),
-    (dict(at_acc=0.1), 'V2b', False, 'uninformative'),
-    (dict(at_saturation=0.3), 'V3a', False, 'contradicted'),
-    (dict(at_saturation=0.3), 'V3c', False, 'contradicted'),
-    (dict(nt_patches=0.2), 'V3b', False, 'contradicted'),
-    (dict(nt_patches=0.2), 'V3d', False, 'contradicted'),
-    (dict(keep_patch=0.1), 'V4', False, 'contradicted'),
-    (dict(nt_adv=0.3), 'V5', False, 'uninformative'),
-    (dict(null=3.1), 'V5', False, 'uninformative'),
-    (dict(nt_y_upper=2.0), 'V5', False, 'contradicted'),
-    (dict(ceiling_gap=0.2), 'V7', True, 'contradicted')))
-def test_a_claim_that_is_false_is_not_supported(changes, claim, control, expected, few_replicates,
-                                                tmp_path):
+@pytest.mark.parametrize(
+    'changes,claim,control,expected',
+    (
+        (dict(adv_order=-1), 'V1 Through training', False, 'contradicted'),
+        (
+            dict(nt_x=25.0),
+            'V1 Through training, information on natural and adversarial images moves alike in NT',
+            False,
+            'uninformative',
+        ),
+        (dict(nt_x=2.0), 'V2b', False, 'contradicted'),
+        (dict(nt_x=7.62), 'V2b', False, 'uninformative'),
+        (dict(nt_x=3.0), 'V2b', False, 'inconclusive'),
+        (dict(nt_x=2.0), 'V2c The same with logits', True, 'contradicted'),
+        (dict(nt_x=2.0), 'V2c The same, at every', True, 'contradicted'),
+        (dict(at_y=3.2, at_adv_y=3.3), 'V2d', False, 'contradicted'),
+        (dict(at_y=3.2, at_adv_y=3.3), 'V2d', True, 'contradicted'),
+        (dict(null=2.98), 'V2d AT', False, 'uninformative'),
+        (dict(null=2.98), 'V3c', False, 'uninformative'),
+        (dict(at_acc=0.99), 'V2a AT is harder: accuracy on natural', False, 'contradicted'),
+        (dict(nt_train=0.2), 'V2a AT is harder: accuracy on training', False, 'contradicted'),
+        (dict(at_acc=0.1), 'V2b', False, 'uninformative'),
+        (dict(at_saturation=0.3), 'V3a', False, 'contradicted'),
+        (dict(at_saturation=0.3), 'V3c', False, 'contradicted'),
+        (dict(nt_patches=0.2), 'V3b', False, 'contradicted'),
+        (dict(nt_patches=0.2), 'V3d', False, 'contradicted'),
+        (dict(keep_patch=0.1), 'V4', False, 'contradicted'),
+        (dict(nt_adv=0.3), 'V5', False, 'uninformative'),
+        (dict(null=3.1), 'V5', False, 'uninformative'),
+        (dict(nt_y_upper=2.0), 'V5', False, 'contradicted'),
+        (dict(ceiling_gap=0.2), 'V7', True, 'contradicted'),
+    ),
+)
+def test_a_claim_that_is_false_is_not_supported(changes, claim, control, expected, few_replicates, tmp_path):
     for found in verdict(verdicts(tmp_path, **changes), claim, control):
         assert found.split(':')[0] == expected
 
@@ -737,9 +809,19 @@ def test_the_referee_is_heard(tmp_path, few_replicates):
 # ------------------------------------------------------------------------------------- end to end
 
 TINY = ['--train-size', '60', '--test-size', '40', '--epochs', '2', '--batch-size', '20']
-FIGURES = ['fig1_training', 'fig2_plane_standard', 'fig3_plane_pgd', 'fig4_layers',
-           'fig5_entropy', 'fig6_distortion', 'fig7_distortion_layers', 'fig8_images',
-           'fig9_scale', 'fig10_nulls', 'fig11_geometry']
+FIGURES = [
+    'fig1_training',
+    'fig2_plane_standard',
+    'fig3_plane_pgd',
+    'fig4_layers',
+    'fig5_entropy',
+    'fig6_distortion',
+    'fig7_distortion_layers',
+    'fig8_images',
+    'fig9_scale',
+    'fig10_nulls',
+    'fig11_geometry',
+]
 
 
 def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys, monkeypatch):
@@ -762,11 +844,9 @@ def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys, mo
         untouched = mi.distorted(results, 'pgd', 'adv', name, 'values')[:, 0]
         assert untouched == pytest.approx(mi.plane(results, 'pgd', 'adv')[:, -1], abs=1e-4)
     # both networks start from the same weights
-    assert mi.plane(results, 'pgd', 'clean')[:, 0] == pytest.approx(
-        mi.plane(results, 'standard', 'clean')[:, 0])
+    assert mi.plane(results, 'pgd', 'clean')[:, 0] == pytest.approx(mi.plane(results, 'standard', 'clean')[:, 0])
     table = (folder / 'claims.md').read_text()
-    for name in ('V1', 'V2a', 'V2b', 'V2c', 'V2d', 'V3a', 'V3b', 'V3c', 'V3d', 'V4', 'V5', 'V6',
-                 'V7', 'V8'):
+    for name in ('V1', 'V2a', 'V2b', 'V2c', 'V2d', 'V3a', 'V3b', 'V3c', 'V3d', 'V4', 'V5', 'V6', 'V7', 'V8'):
         assert f'| {name} ' in table
     assert 'ceiling' in printed and 'I(T;Y)' in printed
     stamp = (folder / 'results.json').stat().st_mtime_ns
@@ -781,8 +861,24 @@ def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys, mo
 
 def test_as_published_and_two_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(mi, 'draw', lambda results, folder: None)
-    mi.main(['--train-size', '60', '--test-size', '80', '--epochs', '2', '--batch-size', '20',
-             '--seeds', '0', '1', '--as-published', '--out', str(tmp_path)])
+    mi.main(
+        [
+            '--train-size',
+            '60',
+            '--test-size',
+            '80',
+            '--epochs',
+            '2',
+            '--batch-size',
+            '20',
+            '--seeds',
+            '0',
+            '1',
+            '--as-published',
+            '--out',
+            str(tmp_path),
+        ]
+    )
     [folder] = (tmp_path / 'mi_analysis').iterdir()
     results = json.loads((folder / 'results.json').read_text())
     assert results['epochs'] == [0, 1] and results['samples'] == 40
@@ -794,8 +890,7 @@ def test_as_published_and_two_seeds(tmp_path, monkeypatch):
 def test_a_published_default_lr_is_constant_and_ours_drops():
     args = common.parse(mi.make_parser(), ['--dataset', 'cifar10'])
     assert (args.arch, args.epochs, args.lr, args.weight_decay) == ('wrn-10-1', 200, 0.1, 0)
-    assert [common.lr_factor(args.schedule, e / 200) for e in (0, 19, 20, 59, 60, 199)] == \
-        [1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert [common.lr_factor(args.schedule, e / 200) for e in (0, 19, 20, 59, 60, 199)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
     args = common.parse(mi.make_parser(True), ['--dataset', 'mnist', '--as-published'])
     assert args.lr * common.lr_factor(args.schedule, 0.9) == 0.025
     assert (args.eps, args.step_size, args.steps) == (45 / 255, 8 / 255, 7)

@@ -1,20 +1,26 @@
 """Models against the literature's sizes, folding against the plain layers, checkpoints."""
+
 import pytest
 import torch
 
 import common
 
 
-@pytest.mark.parametrize('arch,shape,parameters', (
-    ('resnet18', (3, 32, 32), 11.17e6),          # the usual CIFAR ResNet-18: 11,173,962
-    ('preact-resnet18', (3, 32, 32), 11.17e6),
-    ('wrn-28-10', (3, 32, 32), 36.5e6),          # Zagoruyko & Komodakis 2016
-    ('wrn-34-10', (3, 32, 32), 46.2e6),          # Madry et al. 2018, Zhang et al. 2019
-    ('wrn-10-1', (3, 32, 32), 77.9e3),           # Zhang et al. 2022: about 78 k
-    ('lenet5', (1, 28, 28), 44426),
-    ('small-cnn', (3, 32, 32), 143.6e3), ('small-cnn-64', (3, 32, 32), 563.8e3),  # ours
-    ('resnet50', (3, 224, 224), 25.56e6),
-    ('alexnet', (3, 224, 224), 61.1e6)))
+@pytest.mark.parametrize(
+    'arch,shape,parameters',
+    (
+        ('resnet18', (3, 32, 32), 11.17e6),  # the usual CIFAR ResNet-18: 11,173,962
+        ('preact-resnet18', (3, 32, 32), 11.17e6),
+        ('wrn-28-10', (3, 32, 32), 36.5e6),  # Zagoruyko & Komodakis 2016
+        ('wrn-34-10', (3, 32, 32), 46.2e6),  # Madry et al. 2018, Zhang et al. 2019
+        ('wrn-10-1', (3, 32, 32), 77.9e3),  # Zhang et al. 2022: about 78 k
+        ('lenet5', (1, 28, 28), 44426),
+        ('small-cnn', (3, 32, 32), 143.6e3),
+        ('small-cnn-64', (3, 32, 32), 563.8e3),  # ours
+        ('resnet50', (3, 224, 224), 25.56e6),
+        ('alexnet', (3, 224, 224), 61.1e6),
+    ),
+)
 def test_parameter_counts(arch, shape, parameters):
     classes = 1000 if shape[1] == 224 else 10
     model = common.make_model(arch, classes, shape)
@@ -50,9 +56,17 @@ def test_folded_batch_norm_equals_the_plain_layers(arch, monkeypatch):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize('arch,shape', (
-    ('small-cnn', (1, 28, 28)), ('small-cnn', (3, 96, 96)), ('lenet5', (3, 32, 32)),
-    ('wrn-10-1', (3, 96, 96)), ('resnet18', (1, 28, 28)), ('googlenet', (3, 64, 64))))
+@pytest.mark.parametrize(
+    'arch,shape',
+    (
+        ('small-cnn', (1, 28, 28)),
+        ('small-cnn', (3, 96, 96)),
+        ('lenet5', (3, 32, 32)),
+        ('wrn-10-1', (3, 96, 96)),
+        ('resnet18', (1, 28, 28)),
+        ('googlenet', (3, 64, 64)),
+    ),
+)
 def test_models_take_the_sizes_of_the_data_sets(arch, shape):
     model = common.make_model(arch, 7, shape).eval()
     assert model(torch.rand(2, *shape)).shape == (2, 7)
@@ -81,12 +95,20 @@ def test_normalisation_is_the_first_layer():
     assert 'normalize.scale' not in common.make_model('resnet18').state_dict()
 
 
-@pytest.mark.parametrize('wrap', (
-    lambda s: s, lambda s: {'state_dict': s}, lambda s: {'model': s, 'epoch': 3},
-    lambda s: {'state_dict': {'module.' + k: v for k, v in s.items()}},
-    lambda s: {'model': {'_orig_mod.' + k: v for k, v in s.items()}},
-    lambda s: {'model': {'module.model.' + k: v for k, v in s.items()}
-               | {'module.attacker.model.' + k: v + 1 for k, v in s.items()}}))
+@pytest.mark.parametrize(
+    'wrap',
+    (
+        lambda s: s,
+        lambda s: {'state_dict': s},
+        lambda s: {'model': s, 'epoch': 3},
+        lambda s: {'state_dict': {'module.' + k: v for k, v in s.items()}},
+        lambda s: {'model': {'_orig_mod.' + k: v for k, v in s.items()}},
+        lambda s: {
+            'model': {'module.model.' + k: v for k, v in s.items()}
+            | {'module.attacker.model.' + k: v + 1 for k, v in s.items()}
+        },
+    ),
+)
 def test_foreign_checkpoints_load(wrap, tmp_path):
     source = common.make_model('lenet5', 10, (1, 28, 28), seed=1)
     torch.save(wrap(source.state_dict()), tmp_path / 'm.pt')

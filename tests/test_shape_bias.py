@@ -1,4 +1,5 @@
 """shape_bias.py: decisions against Geirhos' counts, closed forms of every measure, the study."""
+
 import json
 import math
 import re
@@ -29,28 +30,57 @@ def trained_looking(arch, classes=10, size=32, channels=3):
 
 # --------------------------------------------------------------------------- the decisions
 
-@pytest.mark.parametrize('network,shape,texture,other,bias,congruent', (
-    ('AlexNet (caffe)', 283, 376, 541, 42.94, 66), ('GoogLeNet (caffe)', 228, 503, 469, 31.19, 69),
-    ('VGG-16 (caffe)', 130, 625, 445, 17.22, 63), ('AlexNet', 182, 537, 481, 25.31, 65),
-    ('VGG-16', 84, 828, 288, 9.21, 68), ('ResNet-50', 162, 572, 466, 22.07, 62),
-    ('ResNet-50 SIN', 586, 141, 473, 80.61, 63), ('AlexNet SIN', 488, 161, 551, 75.19, 60)))
+
+@pytest.mark.parametrize(
+    'network,shape,texture,other,bias,congruent',
+    (
+        ('AlexNet (caffe)', 283, 376, 541, 42.94, 66),
+        ('GoogLeNet (caffe)', 228, 503, 469, 31.19, 69),
+        ('VGG-16 (caffe)', 130, 625, 445, 17.22, 63),
+        ('AlexNet', 182, 537, 481, 25.31, 65),
+        ('VGG-16', 84, 828, 288, 9.21, 68),
+        ('ResNet-50', 162, 572, 466, 22.07, 62),
+        ('ResNet-50 SIN', 586, 141, 473, 80.61, 63),
+        ('AlexNet SIN', 488, 161, 551, 75.19, 60),
+    ),
+)
 def test_shape_bias_of_the_published_decisions(network, shape, texture, other, bias, congruent):
     """Decision counts of Geirhos et al. 2019: 1200 conflicts and 80 images whose cues agree."""
     assert shape + texture + other == 1200
     s, t = np.zeros(1280, int), np.r_[np.ones(1200, int), np.zeros(80, int)]
-    d = np.r_[np.zeros(shape, int), np.ones(texture, int), np.full(other, 2),
-              np.zeros(congruent, int), np.full(80 - congruent, 3)]
+    d = np.r_[
+        np.zeros(shape, int),
+        np.ones(texture, int),
+        np.full(other, 2),
+        np.zeros(congruent, int),
+        np.full(80 - congruent, 3),
+    ]
     by_shape, by_texture = sb.by_cue(d, s, t)
     assert (by_shape.sum(), by_texture.sum()) == (shape, texture)
     assert 100 * sb.shape_bias(by_shape, by_texture) == pytest.approx(bias, abs=0.005)
-    assert sb.coverage(by_shape[:1200], by_texture[:1200]) == pytest.approx(
-        (shape + texture) / 1200)
+    assert sb.coverage(by_shape[:1200], by_texture[:1200]) == pytest.approx((shape + texture) / 1200)
 
 
 def test_groups_are_geirhos():
     groups = sb.imagenet_groups()
-    sizes = dict(airplane=1, bear=4, bicycle=2, bird=49, boat=5, bottle=7, car=3, cat=6, chair=4,
-                 clock=3, dog=109, elephant=2, keyboard=2, knife=1, oven=1, truck=8)
+    sizes = dict(
+        airplane=1,
+        bear=4,
+        bicycle=2,
+        bird=49,
+        boat=5,
+        bottle=7,
+        car=3,
+        cat=6,
+        chair=4,
+        clock=3,
+        dog=109,
+        elephant=2,
+        keyboard=2,
+        knife=1,
+        oven=1,
+        truck=8,
+    )
     assert {c: len(g) for c, g in groups.items()} == sizes
     every = [i for g in groups.values() for i in g]
     assert len(set(every)) == len(every) == 207
@@ -70,8 +100,7 @@ def test_the_decision_takes_the_mean_not_the_sum():
 
 
 def test_cifar_decides_among_seven():
-    classes = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship',
-               'truck']
+    classes = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
     groups = sb.category_groups(classes)
     assert groups == dict(airplane=[0], bird=[2], boat=[8], car=[1], cat=[3], dog=[5], truck=[9])
     logits = torch.zeros(1, 10)
@@ -87,10 +116,21 @@ def test_conflicts_hold_every_pair_equally_often():
 
 # ------------------------------------------------------------------------- networks in pieces
 
-@pytest.mark.parametrize('arch,size,classes,channels', (
-    ('small-cnn', 32, 10, 3), ('small-cnn', 32, 10, 1), ('lenet5', 28, 10, 1),
-    ('resnet18', 32, 10, 3), ('preact-resnet18', 32, 10, 3), ('wrn-10-1', 32, 10, 3),
-    ('alexnet', 64, 1000, 3), ('googlenet', 64, 1000, 3), ('resnet50', 64, 1000, 3)))
+
+@pytest.mark.parametrize(
+    'arch,size,classes,channels',
+    (
+        ('small-cnn', 32, 10, 3),
+        ('small-cnn', 32, 10, 1),
+        ('lenet5', 28, 10, 1),
+        ('resnet18', 32, 10, 3),
+        ('preact-resnet18', 32, 10, 3),
+        ('wrn-10-1', 32, 10, 3),
+        ('alexnet', 64, 1000, 3),
+        ('googlenet', 64, 1000, 3),
+        ('resnet50', 64, 1000, 3),
+    ),
+)
 def test_the_pieces_make_the_network(arch, size, classes, channels):
     model = trained_looking(arch, classes, size, channels)
     x = torch.rand(3, channels, size, size, generator=torch.Generator().manual_seed(2))
@@ -116,6 +156,7 @@ def test_authors_layers_have_1152_and_3904_channels():
 
 
 # ---------------------------------------------------------------------------------- the views
+
 
 def test_scrambling_moves_every_patch_and_is_the_same_for_all():
     assert sb.derangement(2).tolist() == [2, 3, 1, 0]  # the authors'
@@ -145,8 +186,7 @@ def test_hybrids_of_an_image_with_itself_are_the_image():
     t = torch.arange(32) / 32
     slow, fast = (0.5 + 0.2 * torch.cos(2 * math.pi * c * t).expand(1, 1, 32, 32) for c in (2, 9))
     assert torch.allclose(sb.hybrid(slow, fast), slow + fast - 0.5, atol=1e-5)
-    assert torch.allclose(sb.phase_of(slow, 0.5 + 0.5 * (slow - 0.5)),
-                          0.5 + 0.5 * (slow - 0.5), atol=1e-5)
+    assert torch.allclose(sb.phase_of(slow, 0.5 + 0.5 * (slow - 0.5)), 0.5 + 0.5 * (slow - 0.5), atol=1e-5)
 
 
 def test_partners_are_of_other_classes():
@@ -207,11 +247,12 @@ def test_outlines_of_a_square_are_its_border():
 
 # ---------------------------------------------------------------------------- smoother filters
 
+
 def test_total_variation_by_hand():
     assert sb.total_variation(torch.ones(2, 5, 5)).tolist() == [0, 0]
     ramp = torch.arange(4.0).expand(1, 3, 4)  # three rows, each 0 1 2 3
     assert sb.total_variation(ramp).tolist() == [9]
-    assert sb.total_variation(torch.tensor([[0., 1], [1, 0]])) == 4
+    assert sb.total_variation(torch.tensor([[0.0, 1], [1, 0]])) == 4
 
 
 def test_smoothness_is_free_of_scale_and_ordered():
@@ -232,16 +273,17 @@ def test_first_filters_of_the_small_network_are_over_pixels():
     assert weight.shape == (32, 3, 6, 6)
     conv, x = model.stem[1].conv, torch.rand(1, 3, 32, 32)
     seen = conv(model.stem[0](x))[0, :, 5, 7]
-    patch = x[:, :, 2 * 5 - 2:2 * 5 + 4, 2 * 7 - 2:2 * 7 + 4]
+    patch = x[:, :, 2 * 5 - 2 : 2 * 5 + 4, 2 * 7 - 2 : 2 * 7 + 4]
     assert torch.allclose(seen, (weight * patch).sum((1, 2, 3)), atol=1e-5)
 
 
 # -------------------------------------------------------------------------------- dissection
 
+
 def test_a_unit_that_is_the_concept_has_iou_one_and_a_blind_one_little():
     generator = torch.Generator().manual_seed(0)
     masks = torch.zeros(50, 2, 16, 16, dtype=torch.bool)
-    masks[:25, 0, 4:8, 4:8] = True   # a twentieth of the pixels of half of the images
+    masks[:25, 0, 4:8, 4:8] = True  # a twentieth of the pixels of half of the images
     masks[25:, 1, 8:12, 8:12] = True
     blind = torch.rand(50, 1, 16, 16, generator=generator)
     exact = masks[:, :1].float() + 1e-3 * torch.rand(50, 1, 16, 16, generator=generator)
@@ -258,11 +300,11 @@ def test_a_unit_that_is_the_concept_has_iou_one_and_a_blind_one_little():
 
 def test_iou_by_hand_counts_a_unit_only_where_it_touches_the_category():
     """Two images, four pixels each; the unit fires on two pixels of each."""
-    maps = torch.tensor([[[[1., 1], [0, 0]]], [[[1., 1], [0, 0]]]])
+    maps = torch.tensor([[[[1.0, 1], [0, 0]]], [[[1.0, 1], [0, 0]]]])
     masks = torch.zeros(2, 3, 2, 2, dtype=torch.bool)
-    masks[0, 0, 0] = masks[0, 0, 1] = True   # category 0: all of the first image
-    masks[0, 1, 0, 0] = True                 # category 1: one pixel of the first image
-    masks[1, 2, 1, 1] = True                 # category 2: a pixel where the unit is off
+    masks[0, 0, 0] = masks[0, 0, 1] = True  # category 0: all of the first image
+    masks[0, 1, 0, 0] = True  # category 1: one pixel of the first image
+    masks[1, 2, 1, 1] = True  # category 2: a pixel where the unit is off
     iou = sb.dissect(maps, masks, masks, [0, 1, 2], (0.5,))[0, 0, 0]
     assert iou.tolist() == [2 / 4, 1 / 2, 0]
     # in one category with the first, the second concept pays for the same pixels and no more
@@ -291,13 +333,14 @@ def test_the_probe_knows_its_pixels():
     assert torch.equal(null[:, category == 'texture'].sum(1), both[0])  # of the same object
     assert not torch.equal(null[:, category == 'texture'], masks[:, category == 'texture'])
     i = (category == 'texture').nonzero()[0][0]
-    has = masks[:, i:i + 10].flatten(2).any(2)
+    has = masks[:, i : i + 10].flatten(2).any(2)
     assert torch.equal(has.float().argmax(1), probe['labels']['texture'])
 
 
 def test_names_of_colours():
-    primaries = dict(red=(1, 0, 0), yellow=(1, 1, 0), green=(0, 1, 0), cyan=(0, 1, 1),
-                     blue=(0, 0, 1), magenta=(1, 0, 1))
+    primaries = dict(
+        red=(1, 0, 0), yellow=(1, 1, 0), green=(0, 1, 0), cyan=(0, 1, 1), blue=(0, 0, 1), magenta=(1, 0, 1)
+    )
     primaries |= {'dark grey': (0.2, 0.2, 0.2), 'light grey': (0.9, 0.9, 0.85)}
     for name, rgb in primaries.items():
         x = torch.tensor(rgb, dtype=torch.float).view(3, 1, 1)
@@ -334,13 +377,14 @@ def test_finding_the_object_is_no_detector_of_what_it_is():
         assert probe['concepts'][sb.unit_labels(iou).item()] == ('layout', 'object')
     # one that fires on rings alone is
     ring = names.index('outline') + common.OUTLINES.index('ring')
-    unit = probe['masks'][:, ring:ring + 1].float()
+    unit = probe['masks'][:, ring : ring + 1].float()
     unit = unit + 0.1 * torch.rand(unit.shape, generator=torch.Generator().manual_seed(0))
     iou = sb.dissect(unit, probe['masks'], probe['null'], ids, (0.02,))[0]
     assert probe['concepts'][sb.unit_labels(iou).item()] == ('outline', 'ring')
 
 
 # ------------------------------------------------------------------------- types of inputs
+
 
 def test_effective_numbers():
     rows = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 1, 1]])
@@ -358,6 +402,7 @@ def test_patches_and_their_distance():
 
 
 # ----------------------------------------------------------------------------------- ablation
+
 
 def test_zeroing_the_last_stage_takes_its_term_off_the_logits():
     model = trained_looking('small-cnn')
@@ -392,9 +437,9 @@ def test_concept_ablation_matches_numbers():
     models = {a: trained_looking('small-cnn') for a in ('S', 'R')}
     concepts = [('colour', 'red'), ('texture', 'dots'), ('layout', 'edge')]
     found = {a: {'stem': torch.zeros(2, 32, 3)} for a in models}
-    found['S']['stem'][0, :5, 0] = 0.3   # five units of red in S, two in R
+    found['S']['stem'][0, :5, 0] = 0.3  # five units of red in S, two in R
     found['R']['stem'][0, 7:9, 0] = 0.2
-    found['S']['stem'][0, 9, 1] = 0.3    # dots only in S
+    found['S']['stem'][0, 9, 1] = 0.3  # dots only in S
     found['R']['stem'][0, 20:, 2] = 0.9
     out = sb.ablate_concepts(models, found, concepts, dict(natural=X), Y)
     assert out['colour']['concepts'] == 1 and out['colour']['channels'] == 2
@@ -406,9 +451,10 @@ def test_concept_ablation_matches_numbers():
 
 # ------------------------------------------------------------------------------ dimensionality
 
+
 def test_rho_is_one_for_equal_and_zero_for_unrelated_features():
     z, w = torch.randn(2, 4000, 8, generator=torch.Generator().manual_seed(0)).double()
-    for other, expected in ((z, 1), (w, 0), (-z, -1), ((z + w) / 2 ** 0.5, 0.5 ** 0.5)):
+    for other, expected in ((z, 1), (w, 0), (-z, -1), ((z + w) / 2**0.5, 0.5**0.5)):
         terms = torch.stack(sb.covariance_terms(z, other)).numpy()
         assert sb.rho(terms) == pytest.approx(expected, abs=0.03)
     assert sb.dimension_shares(0, 0).sum() == pytest.approx(1)
@@ -428,6 +474,7 @@ def test_pairs_share_one_cue_alone():
 
 # ------------------------------------------------------------------------------- the trainings
 
+
 def test_the_other_trainings_label_the_outline():
     data = common.load_data('shapes', train_size=400)
     for reverse, share in ((False, 0.1), (True, 0.73)):
@@ -444,15 +491,22 @@ def test_reversed_images_have_faint_outlines_and_strong_textures():
     assert x.shape == (200, 3, 32, 32)
     generator = common.make_generator('shape-bias', common.SHAPES_VERSION, 'reversed test')
     drawn = common.render_shapes(common.shape_parameters(200, generator))
-    inside, outside = ((drawn['mask'] > 0.99).expand(-1, 3, -1, -1),
-                       (drawn['mask'] < 0.01).expand(-1, 3, -1, -1))
+    inside, outside = ((drawn['mask'] > 0.99).expand(-1, 3, -1, -1), (drawn['mask'] < 0.01).expand(-1, 3, -1, -1))
     x = common.to_float(x)
     spread = torch.stack([x[i][inside[i]].std() for i in range(200)])
     usual = torch.stack([drawn['image'][i][inside[i]].std() for i in range(200)])
     assert info['mask'].shape == (200, 1, 32, 32) and spread.shape == usual.shape
-    step = torch.stack([(x[i] * inside[i]).sum((1, 2)) / inside[i].sum((1, 2))
-                        - (x[i] * outside[i]).sum((1, 2)) / outside[i].sum((1, 2))
-                        for i in range(200)]).abs().amax(1)
+    step = (
+        torch.stack(
+            [
+                (x[i] * inside[i]).sum((1, 2)) / inside[i].sum((1, 2))
+                - (x[i] * outside[i]).sum((1, 2)) / outside[i].sum((1, 2))
+                for i in range(200)
+            ]
+        )
+        .abs()
+        .amax(1)
+    )
     assert step.median() < 0.15  # the colours differ by 0.06 to 0.12 and the background varies
 
 
@@ -467,6 +521,7 @@ def test_a_larger_stem(tmp_path):
 def test_networks_of_the_ladder_are_those_of_train_at():
     """Its main robust network has the recipe, and so the checkpoint, of the shared base."""
     import train_at
+
     ours = common.parse(sb.make_parser(), [])
     base = common.parse(common.make_parser(train_at.__doc__, train_at.DEFAULTS), [])
     ours.ladder = [4 / 255, 8 / 255]
@@ -482,12 +537,12 @@ def test_networks_of_the_ladder_are_those_of_train_at():
 
 # --------------------------------------------------------------------------------- the stimuli
 
+
 def stimuli_folder(path, names, size=40):
     for name in names:
         file = path / 'conflict' / re.match('[a-z]+', name)[0] / f'{name}.png'
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(0).integers(
-            256, size=(size, size, 3), dtype=np.uint8)).save(file)
+        Image.fromarray(np.random.default_rng(0).integers(256, size=(size, size, 3), dtype=np.uint8)).save(file)
     return path / 'conflict'
 
 
@@ -497,7 +552,10 @@ def test_stimuli_are_read_by_name(tmp_path):
     x, shape, texture = sb.read_stimuli(folder, groups, 20, 'cpu')
     names = list(groups)
     assert [(names[s], names[t]) for s, t in zip(shape, texture)] == [
-        ('bird', 'bird'), ('cat', 'dog'), ('truck', 'cat')]
+        ('bird', 'bird'),
+        ('cat', 'dog'),
+        ('truck', 'cat'),
+    ]
     assert x.shape == (3, 3, 20, 20)
     by_shape, by_texture = sb.by_cue(shape.numpy(), shape.numpy(), texture.numpy())
     assert (by_shape.sum(), by_texture.sum()) == (2, 0)  # the agreeing one counts for neither
@@ -512,15 +570,18 @@ def test_the_real_stimuli(real_data):
     x, shape, texture, groups = every['conflict']
     assert len(x) == 160 and (shape != texture).all() and (shape.bincount() == 10).all()
     assert all(len(every[name][0]) == 160 for name in ('edges', 'silhouettes'))
-    seven = sb.load_stimuli(folder, ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog',
-                                     'frog', 'horse', 'ship', 'truck'], (3, 32, 32), 'cpu')
+    seven = sb.load_stimuli(
+        folder,
+        ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'],
+        (3, 32, 32),
+        'cpu',
+    )
     assert len(seven['conflict'][0]) == 26 and len(seven['edges'][0]) == 70
 
 
 # ----------------------------------------------------------------------------------- the study
 
-TINY = ('--train-size', '200', '--epochs', '1', '--batch-size', '50', '--test-size', '40',
-        '--amp', 'fp32')
+TINY = ('--train-size', '200', '--epochs', '1', '--batch-size', '50', '--test-size', '40', '--amp', 'fp32')
 
 
 @pytest.fixture(scope='module')
@@ -528,8 +589,7 @@ def finished(tmp_path_factory):
     """A tiny study: its folder, results, claims and output folder."""
     out = tmp_path_factory.mktemp('shape_bias')
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in dict(CONFLICTS=90, PROBES=100, PAIRS=100, TOP=10,
-                                TAUS=(0.02, 0.05)).items():
+        for name, value in dict(CONFLICTS=90, PROBES=100, PAIRS=100, TOP=10, TAUS=(0.02, 0.05)).items():
             patch.setattr(sb, name, value)
         args = common.parse(sb.make_parser(), [*TINY, '--out', str(out)])
         folder, results = sb.study(args)
@@ -542,17 +602,32 @@ def finished(tmp_path_factory):
 def test_a_tiny_study_leaves_everything(finished, capsys):
     folder, results, claims, out = finished
     figures = {p.stem for p in folder.glob('*.png')}
-    assert figures >= {f'fig{i}_{n}' for i, n in enumerate((
-        'views', 'shape_bias', 'missing_cues', 'corruptions', 'frequency', 'filters',
-        'smoothness', 'noise', 'dissection', 'inputs', 'ablation'), 1)}
+    assert figures >= {
+        f'fig{i}_{n}'
+        for i, n in enumerate(
+            (
+                'views',
+                'shape_bias',
+                'missing_cues',
+                'corruptions',
+                'frequency',
+                'filters',
+                'smoothness',
+                'noise',
+                'dissection',
+                'inputs',
+                'ablation',
+            ),
+            1,
+        )
+    }
     assert {'fig13_dimensions', 'fig14_reversed'} <= figures
     text = ' '.join(c['claim'] for c in claims)
     for number in range(15):
         assert f'V{number} ' in text, number
     assert len(list((out / 'models').glob('*.pt'))) == 6
     saved = json.loads((folder / 'results.json').read_text())
-    assert saved['arms'] == ['untrained', 'standard', 'eps 4/255', 'eps 8/255',
-                             'random textures']
+    assert saved['arms'] == ['untrained', 'standard', 'eps 4/255', 'eps 8/255', 'random textures']
     again = sb.judge(saved, folder)  # from the file alone
     assert again == claims
 
@@ -574,7 +649,7 @@ def changed(results, **arms):
         at = np.random.default_rng(seed).permutation(n)
         d = np.full(n, -1, np.int16)
         for lo, hi, cue in ((0, s, shape), (s, s + t, texture)):
-            pick = at[round(lo * n):round(hi * n)]
+            pick = at[round(lo * n) : round(hi * n)]
             d[pick] = cue[pick]
         out['conflict-s0'][arm]['shapes'] = common.pack(d)
     for arm, right in (('standard', 0.0), ('eps 8/255', 1.0)):  # gates that pass
@@ -593,11 +668,15 @@ def verdict(claims, start):
     return found[0]
 
 
-@pytest.mark.parametrize('standard,weak,robust,expected', (
-    ((0.2, 0.7), (0.4, 0.5), (0.7, 0.2), ('supported', 'supported', 'supported')),
-    ((0.7, 0.2), (0.4, 0.5), (0.2, 0.7), ('contradicted', 'contradicted', 'contradicted')),
-    ((0.45, 0.45), (0.44, 0.45), (0.45, 0.44), ('inconclusive', 'inconclusive', 'inconclusive')),
-    ((0.2, 0.7), (0.4, 0.5), (0.3, 0.1), ('supported', 'uninformative', 'uninformative'))))
+@pytest.mark.parametrize(
+    'standard,weak,robust,expected',
+    (
+        ((0.2, 0.7), (0.4, 0.5), (0.7, 0.2), ('supported', 'supported', 'supported')),
+        ((0.7, 0.2), (0.4, 0.5), (0.2, 0.7), ('contradicted', 'contradicted', 'contradicted')),
+        ((0.45, 0.45), (0.44, 0.45), (0.45, 0.44), ('inconclusive', 'inconclusive', 'inconclusive')),
+        ((0.2, 0.7), (0.4, 0.5), (0.3, 0.1), ('supported', 'uninformative', 'uninformative')),
+    ),
+)
 def test_verdicts_on_shape_bias(finished, tmp_path, standard, weak, robust, expected):
     arms = {'standard': standard, 'eps 4/255': weak, 'eps 8/255': robust}
     claims = sb.judge(changed(finished[1], **arms), tmp_path)
@@ -630,15 +709,24 @@ def test_verdicts_on_views(finished, tmp_path):
             put('eps 8/255', view, 0.5)
     claims = sb.judge(results, tmp_path)
     assert verdict(claims, 'V3') == 'inconclusive'
-    for view, standard, robust in (('texture-less/flat fill', 0.3, 0.9),
-                                   ('shape-less/scrambled 2x2', 0.9, 0.2),
-                                   ('low-pass/0.2', 0.2, 0.9), ('high-pass/0.2', 0.95, 0.1),
-                                   *((f'veil/{i}', 0.95, 0.1) for i in range(1, 6))):
+    for view, standard, robust in (
+        ('texture-less/flat fill', 0.3, 0.9),
+        ('shape-less/scrambled 2x2', 0.9, 0.2),
+        ('low-pass/0.2', 0.2, 0.9),
+        ('high-pass/0.2', 0.95, 0.1),
+        *((f'veil/{i}', 0.95, 0.1) for i in range(1, 6)),
+    ):
         put('standard', view, standard)
         put('eps 8/255', view, robust)
     claims = sb.judge(results, tmp_path)
-    for start in ('V3 R is better without texture: flat', 'V4', 'V5 R is worse off',
-                  'V5 R is worse under', 'V8 R tolerates', 'V8 R keeps less'):
+    for start in (
+        'V3 R is better without texture: flat',
+        'V4',
+        'V5 R is worse off',
+        'V5 R is worse under',
+        'V8 R tolerates',
+        'V8 R keeps less',
+    ):
         assert verdict(claims, start) == 'supported', start
     assert verdict(claims, 'V5 R is better') == 'inconclusive'
 
@@ -680,11 +768,17 @@ def test_small_effects_of_one_seed_are_inconclusive(finished, tmp_path):
     assert row['verdict'] == 'inconclusive' and '+3.7 points' in row['measured']
 
 
+@pytest.mark.slow
 def test_two_seeds_in_one_go(tmp_path, monkeypatch):
     """The second training starts after the first was measured."""
-    for name, value in dict(CONFLICTS=90, PROBES=100, PAIRS=100, TOP=10,
-                            TAUS=(0.05,), views=lambda data, x: iter([
-                                ('natural', 'natural', x)])).items():
+    for name, value in dict(
+        CONFLICTS=90,
+        PROBES=100,
+        PAIRS=100,
+        TOP=10,
+        TAUS=(0.05,),
+        views=lambda data, x: iter([('natural', 'natural', x)]),
+    ).items():
         monkeypatch.setattr(sb, name, value)
     monkeypatch.setattr(sb, 'gallery', lambda *_: {})
     args = common.parse(sb.make_parser(), [*TINY, '--seeds', '0', '1', '--out', str(tmp_path)])
@@ -704,9 +798,23 @@ def test_shares_kept_are_above_chance():
 def test_given_networks_on_stimuli(tmp_path):
     """torchvision's architecture with random weights: the whole way without training."""
     folder = stimuli_folder(tmp_path, ('cat1-dog2', 'dog10-knife1', 'knife3-clock1', 'oven2-cat1'))
-    sb.main(['--arch', 'alexnet', '--weights', 'random', '--robust-weights', 'random',
-             '--cue-conflict-dir', str(folder), '--channels', '2', '--out', str(tmp_path)])
-    run, = (tmp_path / 'shape_bias').iterdir()
+    sb.main(
+        [
+            '--arch',
+            'alexnet',
+            '--weights',
+            'random',
+            '--robust-weights',
+            'random',
+            '--cue-conflict-dir',
+            str(folder),
+            '--channels',
+            '2',
+            '--out',
+            str(tmp_path),
+        ]
+    )
+    (run,) = (tmp_path / 'shape_bias').iterdir()
     results = json.loads((run / 'results.json').read_text())
     assert results['arms'] == ['standard', 'robust'] and len(results['groups']) == 16
     assert str(tmp_path) not in (run / 'config.json').read_text()
@@ -718,7 +826,19 @@ def test_given_weights_are_judged_on_shapes(tmp_path):
     for name, seed in (('a', 0), ('b', 1)):
         model = common.make_model('lenet5', 10, (3, 32, 32), seed)
         torch.save(model.state_dict(), tmp_path / f'{name}.pt')
-    sb.main(['--arch', 'lenet5', '--weights', str(tmp_path / 'a.pt'), '--robust-weights',
-             str(tmp_path / 'b.pt'), '--test-size', '40', '--out', str(tmp_path)])
-    run, = (tmp_path / 'shape_bias').iterdir()
+    sb.main(
+        [
+            '--arch',
+            'lenet5',
+            '--weights',
+            str(tmp_path / 'a.pt'),
+            '--robust-weights',
+            str(tmp_path / 'b.pt'),
+            '--test-size',
+            '40',
+            '--out',
+            str(tmp_path),
+        ]
+    )
+    (run,) = (tmp_path / 'shape_bias').iterdir()
     assert (run / 'fig9_dissection.png').exists() and not (run / 'fig14_reversed.png').exists()

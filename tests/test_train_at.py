@@ -1,4 +1,5 @@
 """train_at.py end to end at a tiny size."""
+
 import json
 
 import pytest
@@ -6,10 +7,31 @@ import pytest
 import common
 import train_at
 
-TINY = ['--train-size', '60', '--test-size', '20', '--epochs', '1', '--apgd-steps', '2',
-        '--targets', '1', '--square-queries', '2', '--batch-size', '20']
-FIGURES = ['fig1_training', 'fig2_attacks', 'fig3_eps', 'fig4_perturbations',
-           'fig5_loss_surface', 'fig6_gradients', 'fig7_classes']
+TINY = [
+    '--train-size',
+    '60',
+    '--test-size',
+    '20',
+    '--epochs',
+    '1',
+    '--apgd-steps',
+    '2',
+    '--targets',
+    '1',
+    '--square-queries',
+    '2',
+    '--batch-size',
+    '20',
+]
+FIGURES = [
+    'fig1_training',
+    'fig2_attacks',
+    'fig3_eps',
+    'fig4_perturbations',
+    'fig5_loss_surface',
+    'fig6_gradients',
+    'fig7_classes',
+]
 
 
 def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys, monkeypatch):
@@ -25,8 +47,7 @@ def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys, mo
     for method in ('standard', 'fgsm', 'pgd', 'trades'):
         run = results[f'{method}-s0']
         correct = {k: common.unpack(v) for k, v in run['correct'].items()}
-        assert list(correct) == ['natural', 'fgsm', 'pgd20', 'pgd100', 'apgd_ce', 'apgd_t',
-                                 'square', 'worst']
+        assert list(correct) == ['natural', 'fgsm', 'pgd20', 'pgd100', 'apgd_ce', 'apgd_t', 'square', 'worst']
         assert all(len(v) == 20 for v in correct.values())
         for name in correct:  # the worst case is the worst for every image
             assert (correct['worst'] <= correct[name]).all()
@@ -59,8 +80,24 @@ def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys, mo
 
 
 def test_l2_and_a_choice_of_methods(tmp_path):
-    train_at.main(TINY + ['--out', str(tmp_path), '--norm', 'l2', '--eps', '0.5',
-                          '--step-size', '0.2', '--methods', 'mart', '--seeds', '0', '1'])
+    train_at.main(
+        TINY
+        + [
+            '--out',
+            str(tmp_path),
+            '--norm',
+            'l2',
+            '--eps',
+            '0.5',
+            '--step-size',
+            '0.2',
+            '--methods',
+            'mart',
+            '--seeds',
+            '0',
+            '1',
+        ]
+    )
     [folder] = (tmp_path / 'train_at').iterdir()
     results = json.loads((folder / 'results.json').read_text())
     assert 'mart-s0' in results and 'mart-s1' in results and 'pgd-s0' not in results

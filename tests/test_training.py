@@ -1,4 +1,5 @@
 """Losses against their formulas, schedules, exact resume, best checkpoints, results."""
+
 import argparse
 import json
 import math
@@ -55,8 +56,7 @@ def test_losses_without_a_ball_are_their_natural_parts():
     assert torch.allclose(common.trades_loss(model, x, y, nothing, g), natural, atol=1e-3)
     p = model(x).softmax(1)
     other = p.scatter(1, y[:, None], 0).amax(1)
-    assert torch.allclose(common.mart_loss(model, x, y, nothing, g),
-                          natural - (1 - other).log().mean(), atol=1e-4)
+    assert torch.allclose(common.mart_loss(model, x, y, nothing, g), natural - (1 - other).log().mean(), atol=1e-4)
 
 
 def test_adversarial_losses_exceed_the_natural_one_and_reach_the_parameters():
@@ -72,15 +72,16 @@ def test_adversarial_losses_exceed_the_natural_one_and_reach_the_parameters():
 
 def test_trades_beta_weighs_the_divergence():
     x, y = 0.2 + 0.6 * torch.rand(12, 3, 1, 1), torch.arange(12) % 3
-    values = [common.trades_loss(Table(), x, y, THREAT, torch.Generator().manual_seed(0), beta)
-              for beta in (0.0, 1.0, 3.0)]
+    values = [
+        common.trades_loss(Table(), x, y, THREAT, torch.Generator().manual_seed(0), beta) for beta in (0.0, 1.0, 3.0)
+    ]
     assert torch.allclose(values[2] - values[0], 3 * (values[1] - values[0]), rtol=1e-4)
     assert values[1] > values[0]
 
 
 def test_schedules():
     f = common.lr_factor
-    assert [f('piecewise', p) for p in (0, 0.49, 0.5, 0.75)] == pytest.approx([1, 1, .1, .01])
+    assert [f('piecewise', p) for p in (0, 0.49, 0.5, 0.75)] == pytest.approx([1, 1, 0.1, 0.01])
     assert f('cosine', 0) == 1 and f('cosine', 0.5) == pytest.approx(0.5)
     assert f('onecycle', 0.25) == 1 and f('onecycle', 0.125) == pytest.approx(0.5)
     assert f('onecycle', 0.625) == pytest.approx(0.5) and f('onecycle', 0.999) < 0.01
@@ -90,8 +91,7 @@ def test_schedules():
         with pytest.raises(argparse.ArgumentTypeError, match='is not one of'):
             common.schedule(bad)
     e = common.eps_factor
-    assert e(0, 0) == 1 and [e(0.6, p) for p in (0, 0.2, 0.4, 0.6, 0.9)] == \
-        pytest.approx([0, 0, 0.5, 1, 1])
+    assert e(0, 0) == 1 and [e(0.6, p) for p in (0, 0.2, 0.4, 0.6, 0.9)] == pytest.approx([0, 0, 0.5, 1, 1])
 
 
 def test_weight_average_is_exponential():
@@ -100,16 +100,31 @@ def test_weight_average_is_exponential():
         a.b.zero_(), b.b.fill_(1)
     for _ in range(3):
         common.update_average(a, b, 0.9)
-    assert torch.allclose(a.b, torch.full((3,), 1 - 0.9 ** 3))
+    assert torch.allclose(a.b, torch.full((3,), 1 - 0.9**3))
 
 
 def test_everything_that_matters_changes_the_name(tmp_path):
     base = arguments(tmp_path)
     names = {common.model_path(tmp_path, common.model_recipe(base, 'pgd', 0))}
-    changes = dict(epochs=3, batch_size=16, lr=0.2, weight_decay=0.0, schedule='cosine',
-                   ema=0.9, train_size=90, eps=0.01, step_size=0.01, steps=4, norm='l2',
-                   eps_warmup=0.1, arch='resnet18', dataset='cifar10', amp='bf16',
-                   image_size=48, pad=1)
+    changes = dict(
+        epochs=3,
+        batch_size=16,
+        lr=0.2,
+        weight_decay=0.0,
+        schedule='cosine',
+        ema=0.9,
+        train_size=90,
+        eps=0.01,
+        step_size=0.01,
+        steps=4,
+        norm='l2',
+        eps_warmup=0.1,
+        arch='resnet18',
+        dataset='cifar10',
+        amp='bf16',
+        image_size=48,
+        pad=1,
+    )
     for key, value in changes.items():
         changed = argparse.Namespace(**(vars(base) | {key: value}))
         names.add(common.model_path(tmp_path, common.model_recipe(changed, 'pgd', 0)))
@@ -137,18 +152,22 @@ def test_training_twice_gives_the_same_bits_and_the_second_asks_for_nothing(tmp_
     assert torch.equal(again['best']['fc.weight'], first['best']['fc.weight'])
 
 
-def test_best_is_the_epoch_of_highest_robust_validation_accuracy_after_the_warm_up(
-        tmp_path, monkeypatch):
+def test_best_is_the_epoch_of_highest_robust_validation_accuracy_after_the_warm_up(tmp_path, monkeypatch):
     robust = iter((0.9, 0.3, 0.5, 0.4))
 
     def fake(model, data, args, loss):
-        return dict(val_natural=0.5, val_robust=next(robust), train_natural=0.5,
-                    train_robust=0.5, val_fgsm=0.5, val_top_share=0.2)
+        return dict(
+            val_natural=0.5,
+            val_robust=next(robust),
+            train_natural=0.5,
+            train_robust=0.5,
+            val_fgsm=0.5,
+            val_top_share=0.2,
+        )
 
     monkeypatch.setattr(common, 'epoch_accuracy', fake)
     data = common.load_data('shapes', train_size=32, test_size=10)
-    result = common.train_model(arguments(tmp_path, epochs=4, eps_warmup=0.3), data, 'pgd', 0,
-                                CPU)
+    result = common.train_model(arguments(tmp_path, epochs=4, eps_warmup=0.3), data, 'pgd', 0, CPU)
     assert result['best_epoch'] == 3  # not 1: eps had not grown yet
     assert not torch.equal(result['best']['fc.weight'], result['last']['fc.weight'])
 
@@ -166,8 +185,7 @@ def test_own_labels_follow_their_images_and_epochs_can_go_unchecked(tmp_path):
 
     labels = torch.stack((data.train[1], torch.arange(96)), 1)
     args = arguments(tmp_path, epochs=5)
-    result = common.train_model(args, data, 'own', 0, CPU, loss_fn=loss_fn, labels=labels,
-                                check_every=2)
+    result = common.train_model(args, data, 'own', 0, CPU, loss_fn=loss_fn, labels=labels, check_every=2)
     assert sorted(seen) == sorted(5 * list(range(96)))
     checked = [math.isfinite(row['val_robust']) for row in result['history']]
     assert checked == [False, True, False, True, True]
@@ -200,15 +218,13 @@ def test_kept_epochs_are_those_of_the_training_and_leave_a_finished_model_alone(
     # a training from nothing keeps as it goes, and one that lost an epoch starts over
     fresh = arguments(tmp_path / 'b')
     kept = common.train_model(fresh, data, 'pgd', 0, CPU, keep=(1,))
-    assert torch.equal(common.restore(kept, 1, fresh, data, CPU).fc.weight,
-                       weights[1]['fc.weight'])
+    assert torch.equal(common.restore(kept, 1, fresh, data, CPU).fc.weight, weights[1]['fc.weight'])
     kept['kept'][1].write_bytes(b'not weights')
     with pytest.raises(common.UserError, match='not a readable checkpoint'):
         common.restore(kept, 1, fresh, data, CPU)
     kept['kept'][1].unlink()
     kept = common.train_model(fresh, data, 'pgd', 0, CPU, keep=(1,))
-    assert torch.equal(common.restore(kept, 1, fresh, data, CPU).fc.weight,
-                       weights[1]['fc.weight'])
+    assert torch.equal(common.restore(kept, 1, fresh, data, CPU).fc.weight, weights[1]['fc.weight'])
 
 
 def test_a_collapsed_model_is_recognised(tmp_path, caplog):
@@ -238,13 +254,13 @@ common.train_model(args, data, 'pgd', 0, torch.device('cpu'))
 '''
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_equals_uninterrupted_bit_for_bit(tmp_path):
     script = tmp_path / 'run.py'
     script.write_text(RESUME.format(root=str(ROOT)))
 
     def start(out):
-        return subprocess.Popen([sys.executable, str(script), str(tmp_path / out)],
-                                stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen([sys.executable, str(script), str(tmp_path / out)], stdout=subprocess.PIPE, text=True)
 
     whole = start('whole')
     assert whole.wait(120) == 0
@@ -262,16 +278,17 @@ def test_killed_and_restarted_equals_uninterrupted_bit_for_bit(tmp_path):
     process = start('killed')
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and 'continuing after epoch' in text
-    a, b = (torch.load(next((tmp_path / d / 'models').glob('*.pt')), weights_only=True)
-            for d in ('whole', 'killed'))
+    a, b = (torch.load(next((tmp_path / d / 'models').glob('*.pt')), weights_only=True) for d in ('whole', 'killed'))
     for which in ('best', 'last'):
         assert all(torch.equal(a[which][k], b[which][k]) for k in a[which])
     drop = ('seconds',)
-    assert [{k: v for k, v in r.items() if k not in drop} for r in a['history']] == \
-        [{k: v for k, v in r.items() if k not in drop} for r in b['history']]
+    assert [{k: v for k, v in r.items() if k not in drop} for r in a['history']] == [
+        {k: v for k, v in r.items() if k not in drop} for r in b['history']
+    ]
 
 
 # --------------------------------------------------------------------------------- results
+
 
 def test_bootstrap_matches_the_normal_interval_of_a_proportion():
     values = (np.arange(400) < 300).astype(float)
@@ -292,9 +309,16 @@ def test_bootstrap_pairs_images_and_resamples_seeds():
     assert (low, high) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize('low,high,threshold,verdict', (
-    (0.1, 0.2, 0, 'supported'), (-0.2, -0.1, 0, 'contradicted'), (-0.1, 0.1, 0, 'inconclusive'),
-    (0.1, 0.2, 0.15, 'inconclusive'), (0.0, 0.0, 0, 'inconclusive')))
+@pytest.mark.parametrize(
+    'low,high,threshold,verdict',
+    (
+        (0.1, 0.2, 0, 'supported'),
+        (-0.2, -0.1, 0, 'contradicted'),
+        (-0.1, 0.1, 0, 'inconclusive'),
+        (0.1, 0.2, 0.15, 'inconclusive'),
+        (0.0, 0.0, 0, 'inconclusive'),
+    ),
+)
 def test_verdicts(low, high, threshold, verdict):
     assert common.effect_verdict(low, high, threshold) == verdict
 
@@ -322,3 +346,22 @@ def test_precision_and_generators():
         common.pick_precision(CPU, 'fp16')
     draws = [torch.rand(3, generator=common.make_generator('a', s)) for s in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_trades_and_mart_are_their_formulas(monkeypatch):
+    """Zhang et al. 2019, eq. 5, and Wang et al. 2020, table 1, from probabilities."""
+    g = torch.Generator().manual_seed(0)
+    x, x_adv = torch.rand(2, 6, 1, 2, 2, generator=g)
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    with torch.no_grad():
+        model[1].weight.copy_(3 * torch.randn(3, 4, generator=g))
+    monkeypatch.setattr(common, 'pgd', lambda *a, **k: x_adv)
+    p, q = (model(v).softmax(1).double() for v in (x, x_adv))
+    kl = (p * (p / q).log()).sum(1)
+    p_y, q_y = (v[range(6), y] for v in (p, q))
+    other = torch.stack([q[i, [k for k in range(3) if k != y[i]]].max() for i in range(6)])
+    trades = -p_y.log().mean() + 6 * kl.mean()
+    mart = (-q_y.log() - (1 - other).log() + 5 * (1 - p_y) * kl).mean()
+    assert common.trades_loss(model, x, y, {}, g).item() == pytest.approx(trades.item(), rel=1e-4)
+    assert common.mart_loss(model, x, y, {}, g).item() == pytest.approx(mart.item(), rel=1e-4)
