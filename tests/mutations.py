@@ -146,7 +146,7 @@ def main():
     missed = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, 'repository')
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.git', 'runs', 'data', 'results', '__pycache__'))
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.git', 'runs', 'data', '__pycache__'))
         os.environ['OMP_NUM_THREADS'] = '1'
         print('| | what is broken | file | verdict | by |\n|---|---|---|---|---|', flush=True)
         for number in chosen:

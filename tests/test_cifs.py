@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 
 import cifs
 import common
+import logit_distill
 import train_at
 
 X = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -633,3 +634,30 @@ def test_svhn_in_its_real_format(real_data, tmp_path):
     model = cifs.builder(args, 'cifs')('small-cnn', 10, data.shape, 0).eval()
     out = model(common.to_float(data.test[0]))
     assert len(out) == 3 and out[0].shape == (50, 10)
+
+
+def test_one_evaluation_judges_every_network():
+    """A standard network and CIFS without a mask around the same network fall to the same
+    attacks; `train_at.py` and the students of `logit_distill.py` face that list."""
+    args = common.parse(cifs.make_parser(), ['--apgd-steps', '4', '--targets', '1', '--square-queries', '5'])
+    around = network('probes')
+    plain = around.net
+    data = common.load_data('shapes', train_size=40, test_size=20)
+    x, y = data.test[0], common.predict(plain, common.to_float(data.test[0]))  # all right at first
+    judged = {}
+    for name, model in (('standard', plain), ('CIFS', around)):
+        attacks = common.evaluation_attacks(args, 0, torch.device('cpu'))
+        judged[name] = {k: common.correct_under(model, x, y, attack) for k, attack in attacks.items()}
+    assert list(judged['CIFS']) == ['fgsm', 'pgd20', 'pgd100', 'apgd_ce', 'apgd_t', 'square']
+    for name, correct in judged['standard'].items():
+        assert torch.equal(correct, judged['CIFS'][name]), name
+    assert not torch.stack(list(judged['standard'].values())).all()
+
+    args.margin_steps = 2
+    student = logit_distill.attacks_on_student(args, args.eps, 0, torch.device('cpu'))
+    for name, attack in common.evaluation_attacks(args, 0, torch.device('cpu')).items():
+        if name != 'pgd100':
+            ours, theirs = dict(student[name].keywords), dict(attack.keywords)
+            drawn = [k.pop('generator', None) for k in (ours, theirs)]
+            assert student[name].func is attack.func and ours == theirs, name
+            assert name == 'fgsm' or drawn[0].initial_seed() == drawn[1].initial_seed()
