@@ -16,7 +16,7 @@ import dimpled_manifold as dm
 from common import pack, unpack
 
 TINY = (
-    '--train-size 200 --test-size 40 --epochs 1 --steps 1 --latent 4 2 --ae-epochs 1 --images 30 '
+    '--arch lenet5 --train-size 200 --test-size 40 --epochs 1 --steps 1 --latent 4 2 --ae-epochs 1 --images 30 '
     '--attack-steps 8 --replicas 3 --net-steps 120 --checkpoints 4 --watched 10 --wrong-steps 2 --sizes 0.2 '
     '0.4 0.6 1 --device cpu'
 ).split()

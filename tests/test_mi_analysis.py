@@ -859,6 +859,7 @@ def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys, mo
     assert (folder / 'claims.md').read_text() == table
 
 
+@pytest.mark.slow
 def test_as_published_and_two_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(mi, 'draw', lambda results, folder: None)
     mi.main(
