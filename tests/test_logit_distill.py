@@ -435,8 +435,8 @@ def test_holm():
 # ----------------------------------------------------------------------------------- the study
 
 TINY = (
-    '--arch lenet5 --train-size 100 --epochs 1 --batch-size 50 --test-size 20 --amp fp32 --distil-epochs 3 --logit-images '
-    '100 --apgd-steps 3 --margin-steps 3 --square-queries 5 --targets 1'
+    '--arch lenet5 --train-size 100 --epochs 1 --batch-size 50 --test-size 20 --amp fp32 --distil-epochs 3 '
+    '--logit-images 100 --apgd-steps 3 --margin-steps 3 --square-queries 5 --targets 1'
 ).split()
 SOME = ['M0', 'M0/mse', 'M0/again', *(n for n in ld.NAMES if n != 'M0')]
 
