@@ -823,7 +823,7 @@ def test_a_training_interrupted_twenty_times(monkeypatch, capsys):
     ('train_at', *(pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS if script != 'train_at')),
 )
 def test_a_study_interrupted_twenty_times(script, monkeypatch, capsys):
-    for name in ('draw', 'judge_claims' if script == 'dimpled_manifold' else 'judge'):
+    for name in ('draw', 'judge'):
         monkeypatch.setattr(SCRIPTS[script], name, lambda results, folder: None)
     run = main(script, '--epochs', '2', *(['--seeds', '0', '1'] if script != 'train_at' else []))
     assert_interruptions_do_no_harm(run, monkeypatch, capsys)
