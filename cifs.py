@@ -1594,16 +1594,7 @@ def study(args):
     device = common.pick_device(args.device)
     places(args.arch)
     folder, config = common.start_run('cifs', args)
-    data = common.load_data(
-        args.dataset,
-        args.data_root,
-        trust=args.trust_data,
-        train_size=args.train_size,
-        test_size=args.test_size,
-        image_size=args.image_size,
-        pad=args.pad,
-        device=device,
-    )
+    data = common.study_data(args, device)
     most = max(args.topk, 3 if 'k' in args.ablate else 1)
     if most >= len(data.classes):
         raise common.UserError(
@@ -1724,7 +1715,6 @@ def main(argv=None):
     print_table(results)
     draw(results, folder)
     judge(results, folder)
-    common.log.info('\nfigures and results in %s', folder)
 
 
 if __name__ == '__main__':

@@ -770,6 +770,20 @@ def load_data(
     return Data(name, tuple(classes), *pick, usual_pad if pad is None else pad, flip, stream)
 
 
+def study_data(args, device, test_size=None):
+    """The data set that a script's flags ask for; test_size: another number of test images."""
+    return load_data(
+        args.dataset,
+        args.data_root,
+        trust=args.trust_data,
+        train_size=args.train_size,
+        test_size=args.test_size if test_size is None else test_size,
+        image_size=args.image_size,
+        pad=args.pad,
+        device=device,
+    )
+
+
 def _balanced_order(y, k, generator):
     """A random order of which every prefix holds the classes as equally as can be."""
     shuffled = torch.randperm(len(y), generator=generator)
@@ -2602,7 +2616,7 @@ def masking_claim(name, runs, y):
 
 
 def write_claims(claims, folder):
-    """Print the claims and write claims.md."""
+    """Print the claims and where they are, and write claims.md."""
     if not first():
         return
     head = ('claim', 'source', 'measured', 'reference', 'verdict')
@@ -2621,6 +2635,7 @@ def write_claims(claims, folder):
             row['source'],
             '' if row['reference'] == '-' else f"  reference: {row['reference']}",
         )
+    log.info('\nfigures and results in %s', folder)
 
 
 def new_figure(rows=1, columns=1, width=7.0, height=3.0, **options):

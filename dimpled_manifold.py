@@ -1677,16 +1677,7 @@ def study(args):
         )
     device = common.pick_device(args.device)
     folder, config = common.start_run('dimpled_manifold', args)
-    data = common.load_data(
-        args.dataset,
-        args.data_root,
-        trust=args.trust_data,
-        train_size=args.train_size,
-        test_size=args.test_size,
-        image_size=args.image_size,
-        pad=args.pad,
-        device=device,
-    )
+    data = common.study_data(args, device)
     results = common.load_results(folder, config, __file__, args.fresh)
     results |= dict(classes=data.classes, shape=data.shape)
 
@@ -3336,7 +3327,6 @@ def main(argv=None):
     print_table(results)
     draw(results, folder)
     judge(results, folder)
-    common.log.info('\nfigures and results in %s', folder)
 
 
 if __name__ == '__main__':

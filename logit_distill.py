@@ -927,16 +927,7 @@ def study(args):
     device = common.pick_device(args.device)
     folder, config = common.start_run('logit_distill', args)
     data, more = (
-        common.load_data(
-            args.dataset,
-            args.data_root,
-            trust=args.trust_data,
-            train_size=args.train_size,
-            test_size=size,
-            image_size=args.image_size,
-            pad=args.pad,
-            device=device,
-        )
+        common.study_data(args, device, size)
         for size in (args.test_size, args.logit_images if args.dataset == 'shapes' else 0)
     )
     more = tuple(v[: args.logit_images] for v in more.test)
@@ -2135,7 +2126,6 @@ def main(argv=None):
     print_table(results)
     draw(results, folder)
     judge(results, folder)
-    common.log.info('\nfigures and results in %s', folder)
 
 
 if __name__ == '__main__':

@@ -736,16 +736,7 @@ def study(args):
         raise common.UserError('--as-published measures before each epoch: two or more --epochs')
     args.test_step_size = args.test_step_size or usual_test_step(args)
     folder, config = common.start_run('mi_analysis', args)
-    data = common.load_data(
-        args.dataset,
-        args.data_root,
-        trust=args.trust_data,
-        train_size=args.train_size,
-        test_size=args.test_size,
-        image_size=args.image_size,
-        pad=args.pad,
-        device=device,
-    )
+    data = common.study_data(args, device)
     results = common.load_results(folder, config, __file__, args.fresh)
     setting = Setting(args, data)
     if setting.n < 2 * len(data.classes):
@@ -1810,7 +1801,6 @@ def main(argv=None):
     print_table(results)
     draw(results, folder)
     judge(results, folder)
-    common.log.info('\nfigures and results in %s', folder)
 
 
 if __name__ == '__main__':

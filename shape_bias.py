@@ -1140,16 +1140,7 @@ def study(args):
     if imagenet:
         shape = (3, 224, 224)
     else:
-        data = common.load_data(
-            args.dataset,
-            args.data_root,
-            trust=args.trust_data,
-            train_size=args.train_size,
-            test_size=args.test_size,
-            image_size=args.image_size,
-            pad=args.pad,
-            device=device,
-        )
+        data = common.study_data(args, device)
         shape, classes = data.shape, data.classes
     results = common.load_results(folder, config, __file__, args.fresh)
     stimuli = load_stimuli(args.cue_conflict_dir, classes, shape, device)
@@ -2601,7 +2592,6 @@ def main(argv=None):
     print_table(results)
     draw(results, folder)
     judge(results, folder)
-    common.log.info('\nfigures and results in %s', folder)
 
 
 if __name__ == '__main__':

@@ -507,16 +507,7 @@ def study(args):
     """Train and measure; returns (folder, results)."""
     device = common.pick_device(args.device)
     folder, config = common.start_run('train_at', args)
-    data = common.load_data(
-        args.dataset,
-        args.data_root,
-        trust=args.trust_data,
-        train_size=args.train_size,
-        test_size=args.test_size,
-        image_size=args.image_size,
-        pad=args.pad,
-        device=device,
-    )
+    data = common.study_data(args, device)
     results = common.load_results(folder, config, __file__, args.fresh)
     results |= dict(classes=data.classes, classes_count=len(data.classes), test_labels=data.test[1].tolist())
     rows, models = [], {}
@@ -565,7 +556,6 @@ def main(argv=None):
     print_table(results)
     draw(results, folder)
     judge(results, folder)
-    common.log.info('\nfigures and results in %s', folder)
 
 
 if __name__ == '__main__':
