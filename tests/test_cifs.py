@@ -603,6 +603,7 @@ def test_a_tiny_study_leaves_everything_and_is_not_repeated(tmp_path, capsys):
     assert (moved / 'claims.md').read_text() == claims
 
 
+@pytest.mark.slow
 def test_l2_and_one_arm(tmp_path):
     cifs.main(TINY + ['--out', str(tmp_path), '--norm', 'l2', '--arms', 'head', '--imgf', 'sigmoid'])
     [folder] = (tmp_path / 'cifs').iterdir()

@@ -764,6 +764,7 @@ def test_verdicts_on_angles_and_norms(finished, tmp_path):
         assert verdict(claims, start) == 'contradicted', start
 
 
+@pytest.mark.slow
 def test_failed_attacks_off_the_manifold_contradict(finished, tmp_path):
     failed = np.full(100, 0.41)  # longer than any regular one
     failed[:10] = np.inf

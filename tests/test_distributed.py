@@ -225,7 +225,11 @@ def test_an_error_in_one_process_ends_all_and_any_number_continues(tmp_path, alo
 
 
 @pytest.mark.parametrize(
-    'flags,message', ((('--eps', 3), 'did you mean'), (('--batch-size', 1), 'cannot train on a batch of 1'))
+    'flags,message',
+    (
+        (('--eps', 3), 'did you mean'),
+        pytest.param(('--batch-size', 1), 'cannot train on a batch of 1', marks=pytest.mark.slow),
+    ),
 )
 def test_a_mistake_is_one_line(tmp_path, flags, message):
     _, errors = torchrun(

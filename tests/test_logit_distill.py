@@ -675,6 +675,7 @@ def test_small_differences_between_students_are_inconclusive(finished, tmp_path)
     assert verdict(claims, 'V12 Information on incorrect classes matters: made equal') == 'inconclusive'
 
 
+@pytest.mark.slow
 def test_a_student_that_did_not_learn_its_target_has_no_verdict(finished, tmp_path):
     results = synthetic(finished[1], TEACHERS | dict(M0=0.65, M4=0.1))
     results['student-M4-e3-s0']['confidence'] *= 0.8
@@ -814,6 +815,7 @@ def test_any_choice_of_students_is_drawn_and_judged(finished, tmp_path, students
     assert verdict(claims, 'V0 ') and (tmp_path / 'fig6_students.png').exists()
 
 
+@pytest.mark.slow
 def test_a_hundred_classes_and_grey_images():
     t, s = logits(300, 100), logits(300, 100, 1)
     for name in ld.NAMES:

@@ -822,6 +822,7 @@ def test_given_networks_on_stimuli(tmp_path):
     assert 'V1' in (run / 'claims.md').read_text()
 
 
+@pytest.mark.slow
 def test_given_weights_are_judged_on_shapes(tmp_path):
     for name, seed in (('a', 0), ('b', 1)):
         model = common.make_model('lenet5', 10, (3, 32, 32), seed)

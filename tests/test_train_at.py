@@ -8,7 +8,8 @@ import common
 import train_at
 
 TINY = (
-    '--train-size 60 --test-size 20 --epochs 1 --apgd-steps 2 --targets 1 --square-queries 2 --batch-size 20'
+    '--arch lenet5 --train-size 60 --test-size 20 --epochs 1 --apgd-steps 2 --targets 1 --square-queries 2 '
+    '--batch-size 20'
 ).split()
 FIGURES = [
     'fig1_training',
