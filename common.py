@@ -1778,34 +1778,12 @@ def _apgd_run(model, x, y, x0, todo, objective, eps, steps, norm):
         if hit.any():
             keep = ~hit
             at = at[keep]
-            (
-                x_k,
-                x_previous,
-                x_best,
-                step,
-                gradient,
-                best_gradient,
-                best_value,
-                last_value,
-                last_best,
-                last_step,
-                rises,
-            ) = (
-                v[keep]
-                for v in (
-                    x_k,
-                    x_previous,
-                    x_best,
-                    step,
-                    gradient,
-                    best_gradient,
-                    best_value,
-                    last_value,
-                    last_best,
-                    last_step,
-                    rises,
-                )
-            )
+            # fmt: off
+            (x_k, x_previous, x_best, step, gradient, best_gradient, best_value, last_value, last_best,
+             last_step, rises) = (v[keep] for v in (
+                 x_k, x_previous, x_best, step, gradient, best_gradient, best_value, last_value, last_best,
+                 last_step, rises))
+            # fmt: on
         clean = x[todo[at]]
         z = project(x_k + step * _steepest(gradient, norm), clean, eps, norm)
         share = 0.75 if k else 1.0
