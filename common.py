@@ -143,7 +143,10 @@ def entry(main):
         if first():
             print('\ninterrupted; the same command continues from the last finished epoch', file=sys.stderr)
         sys.exit(130)
-    except RuntimeError:
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if full:
+            sys.exit(_complain('out of memory: a smaller --batch-size, --arch or --test-size needs less'))
         if not _failures(0):
             raise
         sys.exit(2)  # another process has failed, and said why

@@ -12,7 +12,12 @@ bench.json. The references:
     library   float32, NCHW, eval mode, autograd.grad with respect to the images, weights not
               frozen: what attack libraries do
 
-    pgd       the attack of the training
+    matmul    a product of two large square matrices: what the hardware gives at best. The last
+              column is the share of it that the attack and the training reach, by the floating
+              point operations of their convolutions and products, whether needed or not
+    pgd       the attack of the training; `unfolded`, `nchw`, `compiled` change one thing in the
+              last row before them: batch norm not folded into the convolutions, no
+              channels_last, torch.compile (which first compiles, untimed)
     train     one training step of PGD-AT; `train cifs` is that of cifs.py's masked network, in
               the precision of the last `train` row before it
     evaluate  PGD and the verdicts. Half of the images are misclassified from the start, as with
@@ -40,12 +45,14 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cifs
@@ -242,8 +249,14 @@ def job(name, options, device):
         x = x.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(variant)
-    if variant == 'cifs':
+    if variant in ('cifs', 'unfolded', 'nchw', 'compiled'):
         dtype = common.pick_precision(device)
+    if variant == 'unfolded':
+        model = Unfolded(model)
+    elif variant == 'nchw':
+        model, x = model.to(memory_format=torch.contiguous_format), x.contiguous()
+    elif variant == 'compiled':
+        model.compile()
     threat = dict(eps=EPS, step_size=STEP, steps=steps, norm='linf')
     plain_training = variant == 'plain' and what in ('pgd', 'train')
     model.train(plain_training)
@@ -308,24 +321,41 @@ def job(name, options, device):
     return once
 
 
-def prepare(name, options, device):
-    """(the job, which has run once at a small size; memory in MiB that does not count)."""
-    what, variant = name.split()
-    small = argparse.Namespace(
-        **vars(options) | dict(batch=min(options.batch, 8), steps=2, samples=200, units=64, latent=2)
-    )
-    before = 0
-    if what.startswith('mi'):
+def matmul(variant, device):
+    """A function that multiplies two matrices, on a GPU many times, so that it takes a while."""
+    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(variant, torch.float32)
+    a, b = (torch.rand(4096, 4096, device=device).to(dtype) for _ in range(2))
 
-        def make(o):
+    def once():
+        for _ in range(100 if device.type == 'cuda' else 1):
+            a @ b
+
+    return once
+
+
+def prepare(name, options, device):
+    """(the job, which has run once at a small size; memory in MiB that does not count; the
+    floating-point operations of a network's job)."""
+    what, variant = name.split()
+    few = min(options.batch, 8)
+    small = argparse.Namespace(**vars(options) | dict(batch=few, samples=200, units=64, latent=2))
+
+    def make(o):
+        if what == 'matmul':
+            return matmul(variant, device)
+        if what.startswith('mi'):
             return information(what, variant, o.samples, o.units, o.classes, device)
-    else:
-        make = partial(tangent, variant, device=device) if what == 'tangent' else partial(job, name, device=device)
-    make(small)()
+        return tangent(variant, o, device) if what == 'tangent' else job(name, o, device)
+
+    if variant == 'compiled':  # which it does for the size that is timed
+        once, operations = make(options), 0
+        once()
+        return once, 0, operations
+    with FlopCounterMode(display=False) if what in ('matmul', 'pgd', 'train') else nullcontext() as counter:
+        make(small)()
+    operations = counter.get_total_flops() * (1 if what == 'matmul' else options.batch / few) if counter else 0
     once = make(options)
-    if what.startswith('mi'):
-        before = peak(device)
-    return once, before
+    return once, peak(device) if what.startswith('mi') else 0, operations
 
 
 def peak(device):
@@ -340,18 +370,19 @@ def peak(device):
 def worker(options):
     """One row: time the job on demand, one line of JSON per line read."""
     device = common.pick_device('auto')
-    once, before = prepare(options.worker, options, device)
+    once, before, operations = prepare(options.worker, options, device)
+    print('ready', flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         found = once()
         if device.type == 'cuda':
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        print(json.dumps((seconds, peak(device) - before, found)), flush=True)
+        print(json.dumps((seconds, peak(device) - before, found, operations)), flush=True)
 
 
 def measure(jobs, repeats, arch):
-    """{key: (median seconds, peak MiB, what the job returned)}, the jobs taking turns.
+    """{key: (median seconds, peak MiB, what the job returned, operations)}, the jobs taking turns.
 
     jobs: {key: (name, {size: value})}.
     """
@@ -364,6 +395,8 @@ def measure(jobs, repeats, arch):
             stdout=subprocess.PIPE,
             text=True,
         )
+    for process in workers.values():
+        process.stdout.readline()  # ready
     for _ in range(repeats):
         for key, process in workers.items():
             process.stdin.write('go\n')
@@ -373,7 +406,7 @@ def measure(jobs, repeats, arch):
         process.stdin.close()
         process.wait()
     return {
-        key: (sorted(r[0] for r in rows)[len(rows) // 2], max(r[1] for r in rows), rows[0][2])
+        key: (sorted(r[0] for r in rows)[len(rows) // 2], max(r[1] for r in rows), *rows[0][2:])
         for key, rows in results.items()
     }
 
@@ -385,14 +418,19 @@ def costs(jobs, options):
     for what, variants in jobs.items():
         names = [f'{what} {v}' for v in variants]
         table |= measure({n: (n, sizes) for n in names}, options.repeats, options.arch)
-    print(f"{'job':<18}{'seconds':>9}{'items/s':>10}{'MiB':>8}{'x plain':>9}{'x library':>11}")
-    for name, (seconds, memory, found) in table.items():
-        what = name.split()[0]
+    print(f"{'job':<18}{'seconds':>9}{'items/s':>10}{'MiB':>8}{'x plain':>9}{'x library':>11}{'of peak':>9}")
+    best = {n.split()[1]: operations / seconds for n, (seconds, _, _, operations) in table.items() if 'matmul' in n}
+    precision = 'fp32'
+    for name, (seconds, memory, found, operations) in table.items():
+        what, variant = name.split()
+        precision = variant if variant in ('fp32', 'bf16', 'fp16') else precision
+        reference = 'fp32' if variant in ('plain', 'library') else precision
+        share = operations / seconds / best[reference] if operations and reference in best else None
         items = {'shapes': 8 * options.batch, 'mi': options.samples, 'mi-near': options.samples}.get(
             what, options.batch
         )
         gains = [table[f'{what} {r}'][0] / seconds if f'{what} {r}' in table else None for r in ('plain', 'library')]
-        exact = table.get(f'{what} library', table.get(f'{what} plain'))[2]
+        exact = table.get(f'{what} library', table.get(f'{what} plain', (None,) * 3))[2]
         error = max(abs(a - b) for a, b in zip(found, exact)) if found and exact else None
         rows.append(
             dict(
@@ -403,11 +441,14 @@ def costs(jobs, options):
                 items_per_second=items / seconds,
                 times_plain=gains[0],
                 times_library=gains[1],
+                operations_per_second=operations / seconds or None,
+                share_of_matmul=share,
             )
         )
         text = ''.join(f'{g:>{w}.2f}' if g else ' ' * w for g, w in zip(gains, (9, 11)))
         print(
             f'{name:<18}{seconds:>9.3f}{items / seconds:>10.1f}{memory:>8.0f}{text}'
+            + (f'{share:>9.0%}' if share else '')
             + (f'   differs from the reference by {error:.1g}' if error is not None else '')
         )
     return rows
@@ -420,8 +461,8 @@ def growth(jobs, options):
     for what, (variant, doubled) in jobs.items():
         sizes = {'': SMALL} | {size: SMALL | {size: 2 * SMALL[size]} for size in doubled}
         found = measure({k: (f'{what} {variant}', v) for k, v in sizes.items()}, max(options.repeats, 3), options.arch)
-        seconds, memory, _ = found.pop('')
-        for size, (more, larger, _) in found.items():
+        seconds, memory, *_ = found.pop('')
+        for size, (more, larger, *_) in found.items():
             rows.append(
                 dict(
                     job=f'{what} {variant}',
@@ -450,7 +491,7 @@ def main():
     parser.add_argument('--samples', type=int, default=5000, help='N of mi')
     parser.add_argument('--units', type=int, default=16384, help='D of mi')
     parser.add_argument('--latent', type=int, default=16, help='inputs of the decoder of tangent')
-    parser.add_argument('--only', nargs='+', help='of pgd train evaluate apgd square shapes tangent mi mi-near')
+    parser.add_argument('--only', nargs='+', help='of matmul pgd train evaluate apgd square shapes tangent mi mi-near')
     parser.add_argument('--quick', action='store_true')
     parser.add_argument('--no-growth', action='store_true', help='the first table alone')
     parser.add_argument('--out', default='bench.json')
@@ -465,7 +506,8 @@ def main():
     ours, both = ['fp32'] + ([low] if low else []), ['plain', 'library']
     network, images = ['batch', 'steps', 'classes'], ['batch', 'steps']
     jobs = dict(
-        pgd=both + ours,
+        matmul=ours,
+        pgd=both + ours + ['unfolded', 'nchw', 'compiled'],
         train=both + ours + ['cifs'],
         evaluate=['library', 'keep', 'fp32'],
         apgd=['plain', 'fp32'],

@@ -654,6 +654,11 @@ def test_a_full_disk(script, limit, capsys):
         assert Path('runs/models').is_dir() and files('runs/models') == {}
 
 
+@pytest.mark.parametrize('allocate', (torch.empty, np.empty))
+def test_out_of_memory(allocate, capsys):
+    refused(partial(allocate, 10**16), 'out of memory: a smaller --batch-size', capsys)
+
+
 @pytest.mark.parametrize('name', ('results.json', 'metrics.csv', 'claims.md', 'fig.png', 'log.txt'))
 def test_a_full_disk_at_the_end(name, capsys):
     """Whatever is written then keeps its last whole version, and no file of another name."""
