@@ -610,12 +610,14 @@ def dissect(maps, masks, null, categories, taus=TAUS):
     levels = torch.stack([v.sort()[0][at.to(v.device)] for v in values])  # (C, taus)
     groups = F.one_hot(torch.as_tensor(categories)).T.to(maps.device).float()  # (G, K)
     both, area = (maps.new_zeros(len(taus), 2, c, masks.shape[1]) for _ in range(2))
-    batch = max(1, 2**26 // (c * masks[0, 0].numel()))  # a quarter of a GiB
+    elements = 2**26 if maps.is_cuda else 2**20  # at a time; these stay in a CPU's cache
+    batch = max(1, elements // (c * masks[0, 0].numel()))
     for i in range(0, n, batch):
         a = F.interpolate(maps[i : i + batch], masks.shape[-2:], mode='bilinear').flatten(2)
         pair = [m[i : i + batch].to(maps.device).flatten(2).float() for m in (masks, null)]
+        on = torch.empty_like(a)  # (n, C, pixels), 1.0 or 0.0
         for t in range(len(taus)):
-            on = (a > levels[:, t, None]).float()  # (n, C, pixels)
+            torch.gt(a, levels[:, t, None], out=on)
             for s, m in enumerate(pair):
                 hit = torch.bmm(on, m.transpose(1, 2))  # (n, C, K)
                 touched = (hit @ groups.T > 0).float() @ groups  # back to (n, C, K)
