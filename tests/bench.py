@@ -13,8 +13,8 @@ bench.json. The references:
               frozen: what attack libraries do
 
     matmul    a product of two large square matrices: what the hardware gives at best. The last
-              column is the share of it that the attack and the training reach, by the floating
-              point operations of their convolutions and products, whether needed or not
+              column is the share of it that the attack and the training reach, by the operations
+              they need: two forward passes' for a step of the attack, three for an update
     pgd       the attack of the training; `unfolded`, `nchw`, `compiled` change one thing in the
               last row before them: batch norm not folded into the convolutions, no
               channels_last, torch.compile (which first compiles, untimed)
@@ -45,7 +45,6 @@ import resource
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -60,6 +59,7 @@ import common
 import mi_analysis
 
 EPS, STEP = 8 / 255, 2 / 255
+SIDE = 4096  # of the matrices of `matmul`
 SMALL = dict(batch=16, steps=2, classes=10, samples=1000, units=4096, latent=8)
 
 
@@ -324,7 +324,7 @@ def job(name, options, device):
 def matmul(variant, device):
     """A function that multiplies two matrices, on a GPU many times, so that it takes a while."""
     dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(variant, torch.float32)
-    a, b = (torch.rand(4096, 4096, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.rand(SIDE, SIDE, device=device).to(dtype) for _ in range(2))
 
     def once():
         for _ in range(100 if device.type == 'cuda' else 1):
@@ -334,11 +334,11 @@ def matmul(variant, device):
 
 
 def prepare(name, options, device):
-    """(the job, which has run once at a small size; memory in MiB that does not count; the
-    floating-point operations of a network's job)."""
+    """(the job, which has run once at a small size; memory in MiB that does not count)."""
     what, variant = name.split()
-    few = min(options.batch, 8)
-    small = argparse.Namespace(**vars(options) | dict(batch=few, samples=200, units=64, latent=2))
+    small = argparse.Namespace(
+        **vars(options) | dict(batch=min(options.batch, 8), steps=2, samples=200, units=64, latent=2)
+    )
 
     def make(o):
         if what == 'matmul':
@@ -348,14 +348,12 @@ def prepare(name, options, device):
         return tangent(variant, o, device) if what == 'tangent' else job(name, o, device)
 
     if variant == 'compiled':  # which it does for the size that is timed
-        once, operations = make(options), 0
+        once = make(options)
         once()
-        return once, 0, operations
-    with FlopCounterMode(display=False) if what in ('matmul', 'pgd', 'train') else nullcontext() as counter:
-        make(small)()
-    operations = counter.get_total_flops() * (1 if what == 'matmul' else options.batch / few) if counter else 0
+        return once, 0
+    make(small)()
     once = make(options)
-    return once, peak(device) if what.startswith('mi') else 0, operations
+    return once, peak(device) if what.startswith('mi') else 0
 
 
 def peak(device):
@@ -370,7 +368,7 @@ def peak(device):
 def worker(options):
     """One row: time the job on demand, one line of JSON per line read."""
     device = common.pick_device('auto')
-    once, before, operations = prepare(options.worker, options, device)
+    once, before = prepare(options.worker, options, device)
     print('ready', flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -378,11 +376,11 @@ def worker(options):
         if device.type == 'cuda':
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        print(json.dumps((seconds, peak(device) - before, found, operations)), flush=True)
+        print(json.dumps((seconds, peak(device) - before, found)), flush=True)
 
 
 def measure(jobs, repeats, arch):
-    """{key: (median seconds, peak MiB, what the job returned, operations)}, the jobs taking turns.
+    """{key: (median seconds, peak MiB, what the job returned)}, the jobs taking turns.
 
     jobs: {key: (name, {size: value})}.
     """
@@ -406,9 +404,22 @@ def measure(jobs, repeats, arch):
         process.stdin.close()
         process.wait()
     return {
-        key: (sorted(r[0] for r in rows)[len(rows) // 2], max(r[1] for r in rows), *rows[0][2:])
+        key: (sorted(r[0] for r in rows)[len(rows) // 2], max(r[1] for r in rows), rows[0][2])
         for key, rows in results.items()
     }
+
+
+def needed(name, options):
+    """Floating-point operations that a job needs, whatever it does; 0 where nobody counts."""
+    what = name.split()[0]
+    if what == 'matmul':
+        return 2 * SIDE**3 * (100 if torch.cuda.is_available() else 1)
+    if what not in ('pgd', 'train'):
+        return 0
+    model = common.make_model(options.arch, options.classes)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.rand(1, 3, 32, 32))
+    return counter.get_total_flops() * options.batch * (2 * options.steps + 3 * (what == 'train'))
 
 
 def costs(jobs, options):
@@ -419,14 +430,14 @@ def costs(jobs, options):
         names = [f'{what} {v}' for v in variants]
         table |= measure({n: (n, sizes) for n in names}, options.repeats, options.arch)
     print(f"{'job':<18}{'seconds':>9}{'items/s':>10}{'MiB':>8}{'x plain':>9}{'x library':>11}{'of peak':>9}")
-    best = {n.split()[1]: operations / seconds for n, (seconds, _, _, operations) in table.items() if 'matmul' in n}
+    rate = {n: needed(n, options) / seconds for n, (seconds, *_) in table.items()}
     precision = 'fp32'
-    for name, (seconds, memory, found, operations) in table.items():
+    for name, (seconds, memory, found) in table.items():
         what, variant = name.split()
         precision = variant if variant in ('fp32', 'bf16', 'fp16') else precision
         reference = 'fp32' if variant in ('plain', 'library') else precision
-        share = operations / seconds / best[reference] if operations and reference in best else None
-        items = {'shapes': 8 * options.batch, 'mi': options.samples, 'mi-near': options.samples}.get(
+        share = rate[name] / rate[f'matmul {reference}'] if rate[name] and 'matmul fp32' in rate else None
+        items = {'matmul': 1, 'shapes': 8 * options.batch, 'mi': options.samples, 'mi-near': options.samples}.get(
             what, options.batch
         )
         gains = [table[f'{what} {r}'][0] / seconds if f'{what} {r}' in table else None for r in ('plain', 'library')]
@@ -441,7 +452,7 @@ def costs(jobs, options):
                 items_per_second=items / seconds,
                 times_plain=gains[0],
                 times_library=gains[1],
-                operations_per_second=operations / seconds or None,
+                operations_per_second=rate[name],
                 share_of_matmul=share,
             )
         )
