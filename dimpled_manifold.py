@@ -227,7 +227,7 @@ def net_outputs(nets, x):
     for i in range(0, len(nets), 2):
         x = torch.baddbmm(nets[i + 1], x, nets[i])
         if i + 2 < len(nets):
-            x = x.relu()
+            x = x.relu_()
     return x
 
 
@@ -374,7 +374,7 @@ def field(nets, axes):
     """The score over the whole window: (R, G, ..., G)."""
     mesh = np.stack(np.meshgrid(*axes, indexing='ij'), -1).reshape(-1, len(axes))
     with torch.no_grad():
-        values = torch.cat([signed(nets, part) for part in torch.tensor(mesh).split(4000)], 1)
+        values = torch.cat([signed(nets, part) for part in torch.tensor(mesh).split(500)], 1)  # in the cache
     return values.view(-1, *(len(a) for a in axes)).numpy()
 
 
