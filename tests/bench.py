@@ -482,12 +482,12 @@ def growth(jobs, options):
                     seconds=seconds,
                     times=more / seconds,
                     memory_mib=memory,
-                    times_memory=larger / max(memory, 1e-9),
+                    times_memory=larger / memory if memory >= 1 else None,  # less hides in earlier peaks
                 )
             )
             print(
                 f'{what + " " + variant + ", " + size:<24}{SMALL[size]:>7}{seconds:>9.3f}'
-                f'{more / seconds:>8.2f}{memory:>8.0f}{rows[-1]["times_memory"]:>10.2f}'
+                f'{more / seconds:>8.2f}{memory:>8.0f}' + (f'{rows[-1]["times_memory"]:>10.2f}' if memory >= 1 else '')
             )
     return rows
 
