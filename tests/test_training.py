@@ -365,3 +365,17 @@ def test_trades_and_mart_are_their_formulas(monkeypatch):
     mart = (-q_y.log() - (1 - other).log() + 5 * (1 - p_y) * kl).mean()
     assert common.trades_loss(model, x, y, {}, g).item() == pytest.approx(trades.item(), rel=1e-4)
     assert common.mart_loss(model, x, y, {}, g).item() == pytest.approx(mart.item(), rel=1e-4)
+
+
+def test_compile_traces_the_training_as_it_is(tmp_path, monkeypatch):
+    """--compile: the attack's and the update's modes, recompiled as they alternate, give the same
+    weights, bit for bit where the graphs are run as traced."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compile_(self, backend='eager'))
+    data = common.load_data('shapes', train_size=96, test_size=20)
+    plain, traced = (
+        common.train_model(arguments(tmp_path / str(flag), amp='fp32', compile=flag), data, 'pgd', 0, CPU)
+        for flag in (False, True)
+    )
+    assert plain['history'][-1]['loss'] == traced['history'][-1]['loss']
+    assert all(torch.equal(a, b) for a, b in zip(plain['last'].values(), traced['last'].values()))
