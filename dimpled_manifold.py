@@ -581,6 +581,9 @@ def orthonormal(columns, cut=1e-3):
     largest are zero columns (an autoencoder may ignore latents). float64 inside: the squared
     condition number of at most 1e6 leaves ten digits. Singular values: (N, k), falling.
     """
+    few = max(1, 2**24 // columns[0].numel())  # images at a time: bounds the memory
+    if len(columns) > few:
+        return tuple(torch.cat(parts) for parts in zip(*(orthonormal(part, cut) for part in columns.split(few))))
     wide = columns.double()
     square, vectors = torch.linalg.eigh(wide.mT @ wide)
     square, vectors = square.flip(-1).clamp(min=0), vectors.flip(-1)
@@ -592,12 +595,14 @@ def orthonormal(columns, cut=1e-3):
 
 def jacobian(decode, z):
     """(N, D, k): the decoder's Jacobian at each z (N, k), by k forward-mode products."""
-    columns = []
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)  # torch's own, on first use of jvp
-        for direction in torch.eye(z.shape[1], device=z.device, dtype=z.dtype):
-            columns.append(jvp(decode, (z,), (direction.expand_as(z),))[1].flatten(1))
-    return torch.stack(columns, 2)
+        for i, direction in enumerate(torch.eye(z.shape[1], device=z.device, dtype=z.dtype)):
+            column = jvp(decode, (z,), (direction.expand_as(z),))[1].flatten(1)
+            if i == 0:
+                columns = column.new_empty(*column.shape, z.shape[1])
+            columns[..., i] = column
+    return columns
 
 
 def tangent_basis(decode, z, cut=1e-3):
