@@ -49,6 +49,17 @@ def test_projectors_are_projectors():
     assert torch.allclose(dm.energy(inside, basis), torch.ones(5), atol=1e-5)
 
 
+def test_large_bases_are_found_in_blocks_of_images():
+    """Three matrices of 2^22 x 2, of which two are taken at a time."""
+    columns = randn(3, 2**22, 2)
+    basis, sigma = dm.orthonormal(columns)
+    assert basis.shape == columns.shape and sigma.shape == (3, 2)
+    for u, s, c in zip(basis.double(), sigma.double(), columns.double()):
+        assert torch.allclose(u.T @ u, torch.eye(2).double(), atol=1e-5)
+        assert torch.allclose(s.square().sum(), c.square().sum())
+        assert torch.allclose(u @ (u.T @ c), c, atol=1e-4)
+
+
 def test_orthonormal_agrees_with_a_singular_value_decomposition():
     columns = randn(3, 30, 5) * torch.tensor([10.0, 3.0, 1.0, 0.3, 0.1])
     basis, sigma = dm.orthonormal(columns)

@@ -318,6 +318,15 @@ def test_thresholds_are_exceeded_by_the_share_of_positions():
     assert torch.allclose(iou, torch.tensor(sb.TAUS)[:, None].expand(-1, 2), atol=1e-3)
 
 
+def test_many_units_are_dissected_in_blocks_of_images_like_one():
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(7, 1, 8, 8, generator=generator)
+    masks = torch.rand(7, 3, 32, 32, generator=generator) < 0.3
+    one = sb.dissect(maps, masks, masks.roll(1, 0), [0, 0, 1])
+    many = sb.dissect(maps.expand(-1, 400, -1, -1), masks, masks.roll(1, 0), [0, 0, 1])
+    assert torch.equal(many, one.expand(-1, -1, 400, -1)) and one.max() > 0
+
+
 def test_the_probe_knows_its_pixels():
     probe = sb.make_probe(200, 32, 'cpu')
     category = np.array([c for c, _ in probe['concepts']])
