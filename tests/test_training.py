@@ -371,11 +371,17 @@ def test_compile_traces_the_training_as_it_is(tmp_path, monkeypatch):
     """--compile: the attack's and the update's modes, recompiled as they alternate, give the same
     weights, bit for bit where the graphs are run as traced."""
     compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compile_(self, backend='eager'))
+    used = []
+
+    def traced_only(model):
+        used.append(model)
+        compile_(model, backend='eager')
+
+    monkeypatch.setattr(torch.nn.Module, 'compile', traced_only)
     data = common.load_data('shapes', train_size=96, test_size=20)
     plain, traced = (
         common.train_model(arguments(tmp_path / str(flag), amp='fp32', compile=flag), data, 'pgd', 0, CPU)
         for flag in (False, True)
     )
-    assert plain['history'][-1]['loss'] == traced['history'][-1]['loss']
+    assert len(used) == 1 and plain['history'][-1]['loss'] == traced['history'][-1]['loss']
     assert all(torch.equal(a, b) for a, b in zip(plain['last'].values(), traced['last'].values()))
