@@ -1,562 +1,293 @@
 """What adversarial training buys and costs: standard, FGSM, PGD and TRADES training compared.
 
-Question   How much worst-case accuracy does adversarial training buy a CNN, what does it cost
-           in natural accuracy, and what else changes: overfitting, input gradients, classes?
+Question   How much worst-case accuracy does adversarial training buy a CNN, what does it cost in
+           natural accuracy, and what else changes: overfitting, input gradients, classes?
 Papers     Madry et al. 2018 (PGD-AT), Zhang et al. 2019 (TRADES), Wong et al. 2020 (FGSM-AT),
            Rice et al. 2020 (robust overfitting), Tsipras et al. 2019 (trade-off, gradients),
-           Andriushchenko & Flammarion 2020 (catastrophic overfitting)
+           Andriushchenko & Flammarion 2020 (catastrophic overfitting), Tian et al. 2021 (classes)
 Usage      python train_at.py                                  shapes, minutes on a laptop
            python train_at.py --dataset cifar10 --seeds 0 1 2  ResNet-18, one GPU
            python train_at.py --methods standard pgd --eps 4/255
-Outputs    runs/train_at/<dataset>-<arch>/: results.json, metrics.csv, claims.md and
-           fig1_training  fig2_attacks  fig3_eps  fig4_perturbations  fig5_loss_surface
-           fig6_gradients  fig7_classes   (each .png and .pdf)
+
+EXPECT
 """
+from functools import partial
 
 import numpy as np
 import torch
 
 import common
-from common import METHOD_COLOURS, METHOD_NAMES, bootstrap, claim, effect_verdict, stack_correct
+from common import ATTACK_NAMES, METHOD_COLOURS, METHOD_NAMES, Claim, bootstrap
 
-# How hard the evaluation attacks; AutoAttack's own numbers are 100 steps, 9 targets and 5000
-# queries (Croce & Hein 2020). shapes is small to keep the study within minutes.
-DEFAULTS = {
-    '*': dict(methods=['standard', 'fgsm', 'pgd', 'trades'], apgd_steps=100, targets=9, square_queries=5000),
-    'shapes': dict(apgd_steps=25, targets=3, square_queries=100),
-}
-ATTACK_NAMES = {
-    'natural': 'natural',
-    'fgsm': 'FGSM',
-    'pgd20': 'PGD-20',
-    'pgd40': 'PGD-40',
-    'pgd100': 'PGD-100',
-    'apgd_ce': 'APGD-CE',
-    'apgd_t': 'APGD-T',
-    'square': 'Square',
-    'worst': 'worst case',
-}
-EPS_IMAGES, SURFACE_IMAGES, SHOWN_IMAGES = 50, 8, 4
-MASKING_IMAGES = 100
+DEFAULTS = {'*': dict(methods=['standard', 'fgsm', 'pgd', 'trades'])}
+EPS_MULTIPLES = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8)  # of eps: to 64/255
+EPS_IMAGES, ALIGNMENT_IMAGES, GALLERY_IMAGES = 50, 200, 4
 
-# Thresholds of the claims, fixed before any run.
-CATASTROPHIC_GAP = 0.30  # FGSM minus PGD-20 accuracy
+# Thresholds of the claims, older than any run of this version.
+BROKEN = 0.98  # share of its images that a standard network loses in the worst case
+CATASTROPHIC_GAP = 0.30  # FGSM minus PGD accuracy
 CLASS_SPREAD = 0.20  # best minus worst class
 SATURATED = 0.99  # natural accuracy that leaves no room for a difference
 
+# --------------------------------------------------------------------------------- Experiment
 
-# ---------------------------------------------------------------------------- the experiment
+def study(args, folder, device, data, results):
+    """Train each network and measure it; everything is saved as soon as it is there."""
+    keep = partial(common.save_results, results, folder)
+    attacks = common.evaluation_attacks(args)
+    for seed in args.seeds:
+        for method in args.methods:
+            trained = common.train(args, data, method, seed, device)
+            run = common.measure(results, ('runs', method, f's{seed}'), lambda: dict(
+                history=trained['history'], best_epoch=trained['best_epoch'],
+                seconds=trained['seconds'], correct={}, correct_last={}), folder)
+            model = common.restore(trained, 'best', args, data, device)
+            common.evaluate(model, data, attacks, run['correct'], keep)
+            few = {name: attacks[name] for name in ('fgsm', 'pgd')}
+            if trained['best_epoch'] == args.epochs:
+                run['correct_last'] = {name: run['correct'][name] for name in few}
+            last = common.restore(trained, 'last', args, data, device)
+            common.evaluate(last, data, few, run['correct_last'], keep)
+            run['masking'] = common.masking_check(model, data, run['correct'], norm=args.norm)
+            run['eps_curve'] = eps_curve(model, data, args)
+            run['alignment'] = gradient_alignment(model, data)
+            common.measure(results, ('gallery', method), lambda: gallery(model, data, args), folder)
 
+def eps_curve(model, data, args):
+    """Accuracy under PGD-20 on the margin at EPS_MULTIPLES of eps; it has to reach 0."""
+    x, y = data.test[0][:EPS_IMAGES], data.test[1][:EPS_IMAGES]
+    accuracy = []
+    for multiple in EPS_MULTIPLES:
+        eps = min(multiple * args.eps, 1.0 if args.norm == 'linf' else np.inf)
+        attack = partial(common.pgd, eps=eps, step_size=eps / 8, steps=20, norm=args.norm,
+                         loss=common.margin, stop=True)
+        accuracy.append(common.correct_under(model, x, y, attack).float().mean().item())
+    return np.array(accuracy)
 
-def evaluate_model(args, data, result, seed, device):
-    """Everything measured on one trained model. Arrays are packed for results.json."""
-    model = common.restore(result, 'best', args, data, device)
-    x, y = data.test
-    steps = 40 if args.dataset.endswith('mnist') else 20  # as usual in the literature
-    correct = {'natural': common.correct_under(model, x, y)}
-    for name, attack in common.evaluation_attacks(args, seed, device, pgd_steps=steps).items():
-        correct[name] = common.correct_under(model, x, y, attack)
-        common.log.info(
-            '  %-8s robust accuracy %.3f', ATTACK_NAMES[name], (correct[name] & correct['natural']).float().mean()
-        )
-    correct['worst'] = torch.stack(list(correct.values())).all(0)
-    few = ('natural', 'fgsm', f'pgd{steps}')
-    correct_last = {name: correct[name] for name in few}
-    if result['best_epoch'] < len(result['history']):
-        last = common.restore(result, 'last', args, data, device)
-        # made anew: the same random starts
-        attacks = common.evaluation_attacks(args, seed, device, pgd_steps=steps)
-        correct_last = {name: common.correct_under(last, x, y, attacks.get(name)) for name in few}
-    masking = common.masking_check(
-        model,
-        common.to_float(x[:MASKING_IMAGES]),
-        y[:MASKING_IMAGES],
-        correct,
-        eps=args.eps,
-        norm=args.norm,
-        generator=common.make_generator('masking', seed, device=device),
-    )
-    return dict(
-        correct={k: common.pack(v.to(torch.uint8)) for k, v in correct.items()},
-        correct_last={k: common.pack(v.to(torch.uint8)) for k, v in correct_last.items()},
-        collapsed=result['collapsed'],
-        best_epoch=result['best_epoch'],
-        masking=masking,
-        seconds=result['seconds'],
-        precision=result['precision'],
-        history=result['history'],
-        eps_curve=common.eps_curve(
-            model,
-            x[:EPS_IMAGES],
-            y[:EPS_IMAGES],
-            eps=args.eps,
-            norm=args.norm,
-            generator=common.make_generator('curve', seed, device=device),
-        ),
-        alignment=common.pack(gradient_alignment(model, data)),
-    )
-
-
-def input_gradient(model, x, y):
-    """Gradient of the cross-entropy with respect to the image, (N, C, H, W), in float32."""
+def input_gradients(model, x, y):
+    """Gradient of the cross-entropy with respect to each image: (N, C, H, W)."""
     with common.frozen(model):
-        return common.loss_and_gradient(model, x, y, common.cross_entropy)[2]
+        return torch.cat([common.input_gradient(model, a, b, common.cross_entropy)[2]
+                          for a, b in zip(x.split(100), y.split(100))])
 
+def gradient_alignment(model, data):
+    """|cos| between each image and its gradient, both less the mean of each channel, so that
+    brightness alone does not align (Etmann et al. 2019 without that): (N,)."""
+    x, y = common.to_float(data.test[0][:ALIGNMENT_IMAGES]), data.test[1][:ALIGNMENT_IMAGES]
+    pair = x, input_gradients(model, x, y)
+    image, gradient = ((v - v.mean((2, 3), keepdim=True)).flatten(1) for v in pair)
+    return torch.nn.functional.cosine_similarity(image, gradient).abs().cpu().numpy()
 
-def gradient_alignment(model, data, n=200):
-    """|cos| between the image, centred per channel, and its gradient: (n,) in [0, 1].
-
-    The alignment of Etmann et al. 2019, with the mean colour taken out of image and gradient,
-    so that brightness alone cannot align.
-    """
-    x, y = common.to_float(data.test[0][:n]), data.test[1][:n]
-    gradient = torch.cat([input_gradient(model, a, b) for a, b in zip(x.split(100), y.split(100))])
-    centred = [(v - v.mean((2, 3), keepdim=True)).flatten(1) for v in (x, gradient)]
-    return torch.nn.functional.cosine_similarity(*centred).abs()
-
-
-def gallery(args, data, models, device):
-    """Images, perturbations, gradients and loss surfaces for the figures.
-
-    models: {method: model}. The images are the first of each class that a figure has room for.
-    """
+def gallery(model, data, args):
+    """Images of different classes, their gradients, PGD-20 perturbations and what is read then."""
     y = data.test[1]
-    rows = [(y == k).nonzero()[0, 0].item() for k in y.unique().tolist()]
-    rows = torch.tensor(rows[:: max(1, len(rows) // SHOWN_IMAGES)][:SHOWN_IMAGES])
+    first = torch.stack([(y == k).nonzero()[0, 0] for k in y.unique()])
+    rows = first[:: max(1, len(first) // GALLERY_IMAGES)][:GALLERY_IMAGES]
     x, y = common.to_float(data.test[0][rows]), y[rows]
-    out = dict(image=common.pack(x), label=y.tolist(), perturbation={}, prediction={}, gradient={}, surface={})
-    for method, model in models.items():
-        # no dropping: the picture shows the whole perturbation, not the first that suffices
-        x_adv = common.pgd(
-            model,
-            x,
-            y,
-            eps=args.eps,
-            step_size=args.eps / 8,
-            steps=20,
-            norm=args.norm,
-            generator=common.make_generator('gallery', device=device),
-        )
-        out['perturbation'][method] = common.pack(x_adv - x)
-        out['prediction'][method] = common.predict(model, x_adv).tolist()
-        out['gradient'][method] = common.pack(input_gradient(model, x, y).half())
-        out['surface'][method] = loss_surface(args, model, data, device)
-    return out
+    x_adv = common.pgd(model, x, y, eps=args.eps, step_size=args.eps / 8, steps=20, norm=args.norm,
+                       generator=common.make_generator('gallery', device=x.device))
+    out = dict(image=x, label=y, gradient=input_gradients(model, x, y), perturbation=x_adv - x,
+               guess=common.logits_of(model, x_adv).argmax(1))
+    return {name: v.cpu().numpy() for name, v in out.items()}
 
-
-def loss_surface(args, model, data, device, points=15):
-    """Mean cross-entropy over some test images at x + a g + b r: (points, points) nested list,
-    rows b and columns a in [-2 eps, 2 eps]; g the sign of the gradient, r random signs."""
-    x, y = common.to_float(data.test[0][:SURFACE_IMAGES]), data.test[1][:SURFACE_IMAGES]
-    generator = common.make_generator('surface', device=device)
-    along = input_gradient(model, x, y).sign()
-    random = torch.randint(2, x.shape, generator=generator, device=device) * 2.0 - 1
-    if args.norm == 'l2':
-        along, random = (v / v[0].numel() ** 0.5 for v in (along, random))
-    grid = torch.linspace(-2 * args.eps, 2 * args.eps, points, device=device)
-    with torch.no_grad():
-        return [
-            [
-                common.cross_entropy(common.final_logits(model((x + a * along + b * random).clamp(0, 1))), y)
-                .mean()
-                .item()
-                for a in grid
-            ]
-            for b in grid
-        ]
-
-
-# ------------------------------------------------------------------------------- the figures
-
+# ------------------------------------------------------------------------------------ Figures
 
 def draw(results, folder):
-    """All figures, from results.json alone."""
-    methods, seeds = results['config']['methods'], results['config']['seeds']
-    runs = {m: [results[f'{m}-s{s}'] for s in seeds] for m in methods}
-    figure_training(runs, folder)
-    figure_attacks(runs, folder)
-    figure_eps(results, runs, folder)
-    figure_perturbations(results, folder)
-    figure_loss_surface(results, folder)
-    figure_gradients(results, folder)
-    figure_classes(results, runs, folder)
+    runs = {method: common.stack(arm) for method, arm in results['runs'].items()}
+    figure_training(results, folder)
+    figure_attacks(runs, results, folder)
+    figure_eps(runs, results, folder)
+    figure_gallery(results, folder)
+    figure_classes(runs, results, folder)
 
-
-def figure_training(runs, folder):
-    fig, axes = common.new_figure(1, len(runs), 2.2 * len(runs) + 1, 2.8, sharey=True)
-    for axis, (method, results) in zip(axes[0], runs.items()):
-        for i, run in enumerate(results):
-            history = run['history']
-            epochs = [row['epoch'] for row in history]
-            for key, colour, style, label in (
-                ('train_natural', '#56B4E9', '--', 'natural, training images'),
-                ('val_natural', '#0072B2', '-', 'natural, validation'),
-                ('train_robust', '#E69F00', '--', 'PGD-10, training images'),
-                ('val_robust', '#D55E00', '-', 'PGD-10, validation'),
-            ):
-                axis.plot(
-                    epochs,
-                    [100 * row[key] for row in history],
-                    style,
-                    color=colour,
-                    label=label if i == 0 else None,
-                    marker='.',
-                )
-            axis.axvline(run['best_epoch'], color='0.6', lw=1, ls=':', label='best checkpoint' if i == 0 else None)
+def figure_training(results, folder):
+    arms = results['runs']
+    fig, axes = common.new_figure(1, len(arms), 2.2 * len(arms) + 1, 2.8, sharey=True)
+    lines = (('val_natural', '#0072B2', '-', 'natural, validation images'),
+             ('val_robust', '#D55E00', '-', 'PGD-10, validation images'),
+             ('train_robust', '#E69F00', '--', 'PGD-10, training images'))
+    for axis, (method, arm) in zip(axes[0], arms.items()):
+        for run in arm.values():
+            epochs = [row['epoch'] for row in run['history']]
+            for key, colour, style, _ in lines:
+                values = [100 * row[key] for row in run['history']]
+                axis.plot(epochs, values, style, color=colour)
+            axis.axvline(run['best_epoch'], color='0.5', lw=1, ls=':')
         axis.set(title=METHOD_NAMES[method], xlabel='epoch', ylim=(-3, 103))
     axes[0, 0].set_ylabel('accuracy (%)')
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
+    for _, colour, style, label in (*lines, (0, '0.5', ':', 'checkpoint that is evaluated')):
+        axes[0, 0].plot([], [], style, color=colour, label=label)
+    fig.legend(loc='outside lower center', ncols=2)
     fig.suptitle('Accuracy through training: robust overfitting is a falling validation curve')
     common.save_figure(fig, folder, 'fig1_training')
 
-
-def figure_attacks(runs, folder):
-    names = list(next(iter(runs.values()))[0]['correct'])
+def figure_attacks(runs, results, folder):
+    names = [name for name in next(iter(runs.values()))['correct'] if name != 'worst']
     fig, axes = common.new_figure(1, 1, 7.5, 3.2)
-    width = 0.8 / len(runs)
-    for i, method in enumerate(runs):
-        values = [bootstrap(np.mean, stack_correct(runs[method], name), draws=300) for name in names]
-        mean, low, high = 100 * np.array(values).T
+    axis, width = axes[0, 0], 0.8 / len(runs)
+    for i, (method, run) in enumerate(runs.items()):
+        mean, low, high = 100 * np.array([bootstrap(run['correct'][name]) for name in names]).T
         at = np.arange(len(names)) + (i - (len(runs) - 1) / 2) * width
-        axes[0, 0].bar(
-            at,
-            mean,
-            width * 0.92,
-            color=METHOD_COLOURS[method],
-            yerr=[mean - low, high - mean],
-            error_kw=dict(lw=0.8, ecolor='0.4'),
-            label=METHOD_NAMES[method],
-        )
-        for a, m, top in zip(at, mean, high):
-            axes[0, 0].text(a, top + 1.5, f'{m:.0f}', ha='center', fontsize=6)
-    axes[0, 0].set(
-        xticks=range(len(names)),
-        ylabel='test accuracy (%)',
-        ylim=(0, 112),
-        xticklabels=[ATTACK_NAMES[n] for n in names],
-        title='Accuracy under each attack, and under the worst of them for each image',
-    )
-    axes[0, 0].grid(axis='x', visible=False)
+        axis.bar(at, mean, 0.92 * width, color=METHOD_COLOURS[method], label=METHOD_NAMES[method],
+                 yerr=[mean - low, high - mean], error_kw=dict(lw=0.8, ecolor='0.4'))
+        for a, value, top in zip(at, mean, high):
+            axis.text(a, top + 1.5, f'{value:.0f}', ha='center', fontsize=6)
+    axis.set(xticks=range(len(names)), xticklabels=[ATTACK_NAMES[name] for name in names],
+             ylim=(0, 112), ylabel='test accuracy (%)', title='Accuracy under each attack; from '
+             'APGD-CE on, what is left by all attacks so far: the last is the worst case')
+    axis.grid(axis='x', visible=False)
     fig.legend(loc='outside lower center', ncols=len(runs))
     common.save_figure(fig, folder, 'fig2_attacks')
 
+def figure_eps(runs, results, folder):
+    config = results['config']
+    unit = 255 if config['norm'] == 'linf' and config['eps'] < 0.1 else 1
+    eps = np.array(EPS_MULTIPLES) * config['eps']
+    eps = eps.clip(max=1) if config['norm'] == 'linf' else eps
+    fig, axes = common.new_figure(1, 1, 5.0, 3.2)
+    axis = axes[0, 0]
+    for method, run in runs.items():
+        axis.plot(unit * eps, 100 * run['eps_curve'].mean(0), marker='o', ms=3.5,
+                  color=METHOD_COLOURS[method], label=METHOD_NAMES[method])
+    axis.axvline(unit * config['eps'], color='0.6', ls=':', lw=1, label='eps of the training')
+    axis.axhline(100 / len(results['classes']), color='0.6', ls='--', lw=1, label='chance')
+    axis.set(xlabel=f'eps of the attack ({"1/255" if unit == 255 else config["norm"]})',
+             ylabel='accuracy under PGD-20 (%)', ylim=(-3, 103),
+             title='Robust accuracy falls with eps; it must reach 0')
+    axis.legend()
+    common.save_figure(fig, folder, 'fig3_eps')
 
-def figure_eps(results, runs, folder):
-    curves = {
-        METHOD_NAMES[m]: (METHOD_COLOURS[m], np.mean([r['eps_curve'] for r in models], 0)) for m, models in runs.items()
-    }
-    common.draw_eps_curves(curves, results['config'], results['classes_count'], 'margin loss', folder, 'fig3_eps')
+def figure_gallery(results, folder):
+    galleries, names = results['gallery'], results['classes']
+    n = len(next(iter(galleries.values()))['image'])
+    fig, axes = common.new_figure(n, 1 + 2 * len(galleries), 1.3 + 2.1 * len(galleries), 1.35 * n)
+    for j, (method, g) in enumerate(galleries.items()):
+        for i, row in enumerate(axes):
+            common.show_image(row[0], g['image'][i], names[g['label'][i]])
+            gradient, delta = g['gradient'][i], g['perturbation'][i]
+            common.show_image(row[1 + 2 * j], 0.5 + gradient / (6 * gradient.std() + 1e-12),
+                              f'{METHOD_NAMES[method]}\ngradient' * (i == 0))
+            common.show_image(row[2 + 2 * j], 0.5 + delta / (2 * abs(delta).max() + 1e-12))
+            wrong = g['guess'][i] != g['label'][i]
+            row[2 + 2 * j].set_title('perturbation\n' * (i == 0) + f'-> {names[g["guess"][i]]}',
+                                     color='#D55E00' if wrong else '#009E73')
+    fig.suptitle('Gradient of the loss and PGD-20 perturbation at '
+                 f'{common.eps_text(results["config"])} (grey: no change), and what the perturbed '
+                 'image is read as')
+    common.save_figure(fig, folder, 'fig4_gradients')
 
-
-def figure_perturbations(results, folder):
-    g, names = results['gallery'], results['classes']
-    image = common.unpack(g['image'])
-    methods = list(g['perturbation'])
-    fig, axes = common.new_figure(len(image), 1 + 2 * len(methods), 1.25 * (1 + 2 * len(methods)), 1.5 * len(image))
-    for i, row in enumerate(axes):
-        common.show_image(row[0], image[i], names[g['label'][i]])
-        for j, method in enumerate(methods):
-            delta = common.unpack(g['perturbation'][method])[i]
-            size = max(abs(delta).max(), 1e-12)
-            common.show_image(
-                row[1 + 2 * j], 0.5 + delta / (2 * size), METHOD_NAMES[method] + '\nperturbation' if i == 0 else ''
-            )
-            guess = g['prediction'][method][i]
-            common.show_image(row[2 + 2 * j], image[i] + delta, 'read as\n' + names[guess])
-            row[2 + 2 * j].title.set_color('#D55E00' if guess != g['label'][i] else '#009E73')
-    fig.suptitle(
-        f'PGD-20 perturbations at {common.eps_text(results["config"])},\n'
-        'stretched to the full range, and the perturbed images'
-    )
-    common.save_figure(fig, folder, 'fig4_perturbations')
-
-
-def figure_loss_surface(results, folder):
-    surfaces = results['gallery']['surface']
-    fig, axes = common.new_figure(1, len(surfaces), 2.3 * len(surfaces) + 0.8, 2.9)
-    for axis, (method, surface) in zip(axes[0], surfaces.items()):
-        surface = np.array(surface)
-        ticks = np.linspace(-2, 2, len(surface))
-        shown = axis.contourf(ticks, ticks, surface, 20)
-        fig.colorbar(shown, ax=axis, shrink=0.75, format='%.2g')
-        axis.plot([-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1], color='w', lw=1, ls=':')
-        axis.set(title=METHOD_NAMES[method], xlabel='along the gradient sign (eps)', aspect=1)
-        axis.grid(False)
-    axes[0, 0].set_ylabel('random signs (eps)')
-    fig.suptitle(
-        f'Cross-entropy around {SURFACE_IMAGES} test images (mean; each panel its own scale); dotted: the eps box'
-    )
-    common.save_figure(fig, folder, 'fig5_loss_surface')
-
-
-def figure_gradients(results, folder):
-    g, names = results['gallery'], results['classes']
-    image, methods = common.unpack(g['image']), list(g['gradient'])
-    fig, axes = common.new_figure(len(image), 1 + len(methods), 1.5 * (1 + len(methods)), 1.55 * len(image))
-    for i, row in enumerate(axes):
-        common.show_image(row[0], image[i], names[g['label'][i]])
-        for axis, method in zip(row[1:], methods):
-            gradient = common.unpack(g['gradient'][method])[i].astype(np.float32)
-            limit = 3 * max(gradient.std(), 1e-12)
-            common.show_image(axis, np.clip(0.5 + gradient / (2 * limit), 0, 1), METHOD_NAMES[method] if i == 0 else '')
-    fig.suptitle(
-        'Input gradients of the loss, +-3 standard deviations\n(grey: no influence; after Tsipras et al. 2019)'
-    )
-    common.save_figure(fig, folder, 'fig6_gradients')
-
-
-def figure_classes(results, runs, folder):
-    y, names = np.array(results['test_labels']), results['classes']
-    shown = [k for k in range(len(names)) if (y == k).any()][:20]  # 100 classes do not fit
+def figure_classes(runs, results, folder):
+    y, names = results['labels'], results['classes']
+    shown = np.unique(y)[:20]  # a hundred do not fit
+    robust = [method for method in runs if method != 'standard'] or list(runs)
     fig, axes = common.new_figure(1, 1, 7.5, 3.3)
-    for i, method in enumerate(runs):
-        if method == 'standard' and len(runs) > 1:
-            continue  # zero everywhere
-        worst = stack_correct(runs[method], 'worst').mean(0)
-        natural = stack_correct(runs[method], 'natural').mean(0)
-        at = np.arange(len(shown)) + 0.18 * (i - len(runs) / 2)
-        robust = [100 * worst[y == k].mean() for k in shown]
-        axes[0, 0].vlines(
-            at, robust, [100 * natural[y == k].mean() for k in shown], color=METHOD_COLOURS[method], alpha=0.35, lw=1
-        )
-        axes[0, 0].plot(
-            at,
-            [100 * natural[y == k].mean() for k in shown],
-            'o',
-            ms=4,
-            color=METHOD_COLOURS[method],
-            mfc='none',
-            label=METHOD_NAMES[method] + ', natural',
-        )
-        axes[0, 0].plot(
-            at, robust, 'o', ms=4, color=METHOD_COLOURS[method], label=METHOD_NAMES[method] + ', worst case'
-        )
-    axes[0, 0].set(
-        xticks=range(len(shown)),
-        ylabel='test accuracy (%)',
-        ylim=(-3, 103),
-        title='Natural and worst-case accuracy of each class',
-    )
+    for i, method in enumerate(robust):
+        at = np.arange(len(shown)) + 0.18 * (i - (len(robust) - 1) / 2)
+        natural, worst = (
+            100 * np.array([runs[method]['correct'][name][:, y == k].mean() for k in shown])
+            for name in ('natural', 'worst'))
+        colour = METHOD_COLOURS[method]
+        axes[0, 0].vlines(at, worst, natural, color=colour, alpha=0.35, lw=1)
+        axes[0, 0].plot(at, natural, 'o', ms=4, mfc='none', color=colour)
+        axes[0, 0].plot(at, worst, 'o', ms=4, color=colour, label=METHOD_NAMES[method])
+    axes[0, 0].set(xticks=range(len(shown)), ylabel='test accuracy (%)', ylim=(-3, 103),
+                   title='Classes: natural (open circles) and worst-case accuracy (full)')
     axes[0, 0].set_xticklabels([names[k] for k in shown], rotation=30, ha='right')
-    fig.legend(loc='outside lower center', ncols=3)
-    common.save_figure(fig, folder, 'fig7_classes')
+    fig.legend(loc='outside lower center', ncols=len(robust))
+    common.save_figure(fig, folder, 'fig5_classes')
 
+# ------------------------------------------------------------------------------------- Claims
 
-# -------------------------------------------------------------------------------- the claims
-
-
-def judge(results, folder):
-    """The claims table, from results.json alone."""
-    config = results['config']
-    runs = {m: [results[f'{m}-s{s}'] for s in config['seeds']] for m in config['methods']}
-    long = next(n for n in ('pgd20', 'pgd40') if n in next(iter(runs.values()))[0]['correct'])
-    collapsed = {m for m in runs if any(r['collapsed'] for r in runs[m])}
-    y = np.array(results['test_labels'])
-    claims = []
-
-    def row(text, source, statistic, arrays, involved, threshold=0.0, reference='-', uninformative=None):
-        """One claim: supported if the statistic's interval lies above the threshold."""
-        value, low, high = bootstrap(statistic, *arrays)
-        verdict = effect_verdict(low, high, threshold)
-        if collapsed & set(involved):
-            verdict = 'uninformative: collapsed model'
-        elif uninformative:
-            verdict = 'uninformative: ' + uninformative
-        measured = f'{100 * value:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]'
-        claims.append(claim(text, source, measured, verdict, reference))
-
-    def difference(a, b):
-        return a.mean() - b.mean()
-
-    both = {'standard', 'pgd'} <= set(runs)
-    cifar18 = config['dataset'] == 'cifar10' and config['arch'] == 'resnet18'
-    if both:
-        nat = [stack_correct(runs[m], 'natural') for m in ('standard', 'pgd')]
-        worst = [stack_correct(runs[m], 'worst') for m in ('standard', 'pgd')]
-        row(
-            'Adversarial training buys worst-case accuracy: PGD-AT minus standard',
-            'Madry et al. 2018',
-            difference,
-            worst[::-1],
-            ('pgd',),
-        )
-        full = min(v.mean() for v in nat) >= SATURATED
-        row(
-            'It costs natural accuracy: standard minus PGD-AT',
-            'Tsipras et al. 2019',
-            difference,
-            nat,
-            ('pgd',),
-            uninformative=f'both above {100 * SATURATED:.0f} %' if full else None,
-        )
-        value = worst[0].mean()
-        claims.append(
-            claim(
-                'A standard network has no worst-case accuracy (below 2 %)',
-                'Madry et al. 2018',
-                f'{100 * value:.1f} %',
-                'supported' if value < 0.02 else 'contradicted',
-            )
-        )
-    for method in ('pgd', 'trades', 'fgsm'):
-        if method in runs:
-            row(
-                f'Robust overfitting of {METHOD_NAMES[method]}: {ATTACK_NAMES[long]} accuracy, best minus last epoch',
-                'Rice et al. 2020',
-                difference,
-                [stack_correct(runs[method], long), stack_correct(runs[method], long, 'correct_last')],
-                (method,),
-                reference='+6 to +8 points after 200 epochs, PGD-10, PreAct ResNet-18 (authors\' logs)'
-                if method == 'pgd' and cifar18
-                else '-',
-            )
+def claims(results):
+    """The rows of the table, for the methods that were trained."""
+    runs = {method: common.stack(arm) for method, arm in results['runs'].items()}
+    y = results['labels']
+    right = {m: {k: v.astype(float) for k, v in run['correct'].items()} for m, run in runs.items()}
+    why = {m: common.near_chance(right[m]['natural'], y) for m in runs}
+    rows = []
+    if {'standard', 'pgd'} <= runs.keys():
+        saturated = min(right[m]['natural'].mean() for m in ('standard', 'pgd')) >= SATURATED
+        rows += [
+            Claim('adversarial training buys worst-case accuracy: PGD-AT minus standard',
+                  'Madry et al. 2018', right['pgd']['worst'] - right['standard']['worst'],
+                  unless=why['pgd']),
+            Claim('it costs natural accuracy: standard minus PGD-AT', 'Tsipras et al. 2019',
+                  right['standard']['natural'] - right['pgd']['natural'],
+                  unless=why['pgd'] or 'both above 99 %' * bool(saturated)),
+            Claim('a standard network loses nearly all images in the worst case',
+                  'Madry et al. 2018', 1 - right['standard']['worst'], above=BROKEN,
+                  unless=why['standard']),
+            Claim('input gradients align with the image: mean |cos|, PGD-AT minus standard',
+                  'Tsipras et al. 2019; Etmann et al. 2019',
+                  runs['pgd']['alignment'] - runs['standard']['alignment'], unless=why['pgd'])]
+    if 'pgd' in runs:
+        longest = (runs['pgd']['best_epoch'] == results['config']['epochs']).all()
+        rows += [
+            Claim('robust overfitting of PGD-AT: PGD accuracy, best minus last epoch',
+                  'Rice et al. 2020', right['pgd']['pgd'] - runs['pgd']['correct_last']['pgd'],
+                  reference="+.06 to +.08 after 200 epochs, PreAct ResNet-18 (authors' logs)",
+                  unless=why['pgd'] or 'the last epoch is the best one' * bool(longest)),
+            class_claim(right['pgd']['worst'], y, results['classes'], why['pgd'])]
     if 'fgsm' in runs:
-        row(
-            'Catastrophic overfitting of FGSM-AT: FGSM minus PGD accuracy at the last epoch '
-            f'exceeds {100 * CATASTROPHIC_GAP:.0f} points',
+        last = runs['fgsm']['correct_last']
+        rows.append(Claim(
+            'catastrophic overfitting of FGSM-AT: FGSM minus PGD accuracy, last epoch',
             'Wong et al. 2020; Andriushchenko & Flammarion 2020',
-            difference,
-            [stack_correct(runs['fgsm'], n, 'correct_last') for n in ('fgsm', long)],
-            ('fgsm',),
-            threshold=CATASTROPHIC_GAP,
-        )
-        claims.append(catastrophe_in_training(runs['fgsm']))
-    if both:
-        alignment = [np.stack([common.unpack(r['alignment']) for r in runs[m]]) for m in ('pgd', 'standard')]
-        value, low, high = bootstrap(difference, *alignment)
-        claims.append(
-            claim(
-                'Input gradients of robust models align with the image: mean |cos|, PGD-AT minus standard',
-                'Tsipras et al. 2019; Etmann et al. 2019',
-                f'{value:+.3f} [{low:+.3f}, {high:+.3f}]',
-                'uninformative: collapsed model' if 'pgd' in collapsed else effect_verdict(low, high),
-            )
-        )
-    if 'pgd' in runs and len(np.unique(y)) > 1:
-        correct = stack_correct(runs['pgd'], 'worst')
-        half = np.random.default_rng(0).random(len(y)) < 0.5  # chooses; the rest measures
-        rates = common.class_rates(correct[:, half], y[half])
-        ends = [np.unique(y[half])[i] for i in (rates.argmax(), rates.argmin())]
-        held = correct[:, ~half]
-        row(
-            'Classes differ in robustness: best minus worst class of PGD-AT '
-            f'({results["classes"][ends[0]]}, {results["classes"][ends[1]]}; chosen on half of '
-            f'the test images, measured on the other), worst case, exceeds '
-            f'{100 * CLASS_SPREAD:.0f} points',
-            'Tian et al. 2021',
-            lambda a, b: a[b == ends[0]].mean() - a[b == ends[1]].mean(),
-            [held, np.broadcast_to(y[~half], held.shape)],
-            ('pgd',),
-            threshold=CLASS_SPREAD,
-        )
-    if {'pgd', 'trades'} <= set(runs):
-        claims.append(trades_claim(runs, collapsed))
-    for method in runs:
-        claims.append(common.masking_claim(METHOD_NAMES[method], runs[method], y))
-    common.write_claims(claims, folder)
-    return claims
+            last['fgsm'].astype(float) - last['pgd'], above=CATASTROPHIC_GAP, unless=why['fgsm']))
+    if {'pgd', 'trades'} <= runs.keys():
+        gap = {name: right['trades'][name] - right['pgd'][name] for name in ('natural', 'worst')}
+        unless = why['pgd'] or why['trades']
+        rows += [Claim('TRADES (beta 6) has less natural accuracy: PGD-AT minus TRADES',
+                       'Zhang et al. 2019', -gap['natural'], unless=unless),
+                 Claim('TRADES (beta 6) has more worst-case accuracy: TRADES minus PGD-AT',
+                       'Zhang et al. 2019', gap['worst'], unless=unless)]
+    return rows + [common.masking_claim(METHOD_NAMES[m], run['masking'], why[m])
+                   for m, run in runs.items() if m != 'standard']
 
+def class_claim(worst, y, classes, why):
+    """Classes differ in robustness: one random half of the images chooses the best and the worst
+    class, the other measures, or chance alone would make a difference."""
+    half = np.random.default_rng(0).random(len(y)) < 0.5
+    present = np.intersect1d(y[half], y[~half])
+    rates = np.array([worst[:, half & (y == k)].mean() for k in present])
+    best, poor = present[rates.argmax()], present[rates.argmin()]
+    draws = np.random.default_rng(1)
+    gaps = []
+    for _ in range(1000):
+        means = [worst[:, draws.choice(np.flatnonzero(~half & (y == k)), (~half & (y == k)).sum())]
+                 for k in (best, poor)]
+        gaps.append(means[0].mean() - means[1].mean())
+    effect = worst[:, ~half & (y == best)].mean() - worst[:, ~half & (y == poor)].mean()
+    return Claim(f'classes differ in robustness: {classes[best]} minus {classes[poor]}, worst case',
+                 'Tian et al. 2021', effect, above=CLASS_SPREAD, unless=why,
+                 interval=tuple(np.percentile(gaps, (2.5, 97.5))))
 
-def catastrophe_in_training(models):
-    """Control: did the PGD accuracy of FGSM-AT collapse at any epoch of the training?"""
-    drops = []
-    for run in models:
-        robust = [r['val_robust'] for r in run['history'] if r['score'] >= 0]
-        drops.append(max((max(robust[: i + 1]) - v for i, v in enumerate(robust)), default=0.0))
-    return claim(
-        'Catastrophic overfitting of FGSM-AT during training: largest fall of the '
-        f'validation PGD-10 accuracy exceeds {100 * CATASTROPHIC_GAP:.0f} points',
-        'control',
-        f'{100 * max(drops):.1f} points',
-        'supported' if max(drops) > CATASTROPHIC_GAP else 'contradicted',
-    )
-
-
-def trades_claim(runs, collapsed):
-    """TRADES and PGD-AT lie on one trade-off: what one gains in natural accuracy it loses in
-    worst-case accuracy."""
-    gaps = [
-        bootstrap(
-            lambda a, b: a.mean() - b.mean(), stack_correct(runs['trades'], name), stack_correct(runs['pgd'], name)
-        )
-        for name in ('natural', 'worst')
-    ]
-    signs = [1 if low > 0 else -1 if high < 0 else 0 for _, low, high in gaps]
-    if collapsed & {'pgd', 'trades'}:
-        verdict = 'uninformative: collapsed model'
-    elif min(stack_correct(runs[m], 'natural').mean() for m in ('pgd', 'trades')) >= SATURATED:
-        verdict = f'uninformative: natural accuracies above {100 * SATURATED:.0f} %'
-    else:
-        verdict = {-1: 'supported', 1: 'contradicted', 0: 'inconclusive'}[signs[0] * signs[1]]
-    measured = ', '.join(
-        f'{name} {100 * v:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]'
-        for name, (v, low, high) in zip(('natural', 'worst case'), gaps)
-    )
-    return claim(
-        'TRADES (beta 6) moves along the trade-off: against PGD-AT it loses in one accuracy what it gains in the other',
-        'Zhang et al. 2019',
-        measured,
-        verdict,
-    )
-
-
-# --------------------------------------------------------------------------------------------
-
-
-def study(args):
-    """Train and measure; returns (folder, results)."""
-    device = common.pick_device(args.device)
-    folder, config = common.start_run('train_at', args)
-    data = common.study_data(args, device)
-    results = common.load_results(folder, config, __file__, args.fresh)
-    results |= dict(classes=data.classes, classes_count=len(data.classes), test_labels=data.test[1].tolist())
-    rows, models = [], {}
-    for seed in args.seeds:
-        for method in args.methods:
-            trained = common.train_model(args, data, method, seed, device)
-            rows += trained['history']
-            common.write_metrics(folder / 'metrics.csv', rows)
-            common.measure(
-                results, f'{method}-s{seed}', lambda: evaluate_model(args, data, trained, seed, device), folder
-            )
-            if seed == args.seeds[0]:
-                models[method] = common.restore(trained, 'best', args, data, device)
-    common.measure(results, 'gallery', lambda: gallery(args, data, models, device), folder)
-    return folder, common.finish(folder, results)
-
-
-def print_table(results):
-    """Natural and robust accuracy of every model."""
-    config = results['config']
-    runs = {m: [results[f'{m}-s{s}'] for s in config['seeds']] for m in config['methods']}
-    names = list(next(iter(runs.values()))[0]['correct'])
-    common.log.info('\n%-10s' + '%11s' * len(names) + '%9s', 'best epoch', *(ATTACK_NAMES[n] for n in names), 'minutes')
-    for method, models in runs.items():
-        rates = [100 * stack_correct(runs[method], n).mean() for n in names]
-        common.log.info(
-            '%-10s' + '%10.1f%%' * len(names) + '%9.1f',
-            METHOD_NAMES[method],
-            *rates,
-            sum(r['seconds'] for r in models) / 60,
-        )
-
-
-def make_parser():
-    parser = common.make_parser(__doc__, DEFAULTS)
-    parser.add_argument(
-        '--methods', nargs='+', choices=common.METHODS, metavar='M', help='of ' + ', '.join(common.METHODS)
-    )
-    common.add_attack_flags(parser)
-    return parser
-
+def table(results):
+    """Accuracy of every method under every attack, with its interval, into results.json."""
+    out = {}
+    for method, arm in results['runs'].items():
+        correct = common.stack(arm)['correct']
+        out[method] = {name: dict(zip(('mean', 'low', 'high'), map(float, bootstrap(v))))
+                       | dict(images=v.shape[1], seeds=v.shape[0]) for name, v in correct.items()}
+        common.log.info('%-9s' + '  %s %.1f' * len(correct) + '  (%.1f min)', METHOD_NAMES[method], *(
+            v for name in correct for v in (ATTACK_NAMES[name], 100 * out[method][name]['mean'])),
+            sum(run['seconds'] for run in arm.values()) / 60)
+    results['accuracy'] = out
 
 def main(argv=None):
-    args = common.parse(make_parser(), argv)
-    folder, results = common.measured(args, study, 'train_at')
-    print_table(results)
+    parser = common.make_parser(__doc__, DEFAULTS, argv)
+    parser.add_argument('--methods', nargs='+', choices=common.METHODS, help='trainings')
+    parser.add_argument('--apgd-steps', type=common.count, metavar='N', help='of APGD')
+    parser.add_argument('--targets', type=common.count, metavar='N', help='of APGD-T')
+    parser.add_argument('--square-queries', type=common.count, metavar='N', help='of Square')
+    args = common.parse(parser, argv)
+    folder, device, data, results = common.start('train_at', args)
+    if 'finished' not in results:
+        study(args, folder, device, data, results)
+        common.finish('train_at', results, folder)
+    table(results)
     draw(results, folder)
-    judge(results, folder)
-
+    common.judge(claims(results), results, folder)
 
 if __name__ == '__main__':
     common.entry(main)
