@@ -40,20 +40,19 @@ log = logging.getLogger('advcnn')
 # ------------------------------------------------------------------------------------- Set-up
 
 # Rice et al. 2020 (CIFAR; SVHN at lr 0.01 and step 1/255), Madry et al. 2018 (MNIST); the others
-# are ours. eps_warmup: share of the training over which eps grows, without which SVHN, MNIST at
-# 0.3 and shapes collapse to one class. The attacks that judge are as long as AutoAttack's (Croce &
+# are ours. Without eps_warmup, the share of the training over which eps grows, SVHN, MNIST at 0.3
+# and shapes collapse to one class. The attacks that judge are as long as AutoAttack's (Croce &
 # Hein 2020), but on shapes, where a study is to take minutes.
 BASE = dict(
     arch='resnet18', epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, schedule='piecewise',
     eps='8/255', step_size='2/255', steps=10, eps_warmup=0.0, norm='linf', pad=4, image_size=0,
     train_size=0, test_size=0, apgd_steps=100, targets=9, square_queries=5000)
 SETTINGS = {
-    'shapes': dict(
-        arch='small-cnn', epochs=6, batch_size=64, schedule='onecycle', step_size='6/255', steps=2,
-        eps_warmup=0.6, pad=0, image_size=32, train_size=3200, test_size=250, apgd_steps=25,
-        targets=3, square_queries=100),
-    'mnist': dict(arch='small-cnn', epochs=20, lr=0.05, schedule='onecycle', eps='0.3',
-                  step_size='0.01', steps=40, eps_warmup=0.4, pad=0),
+    'shapes': dict(arch='small-cnn', epochs=6, batch_size=64, schedule='onecycle', steps=2,
+                   step_size='6/255', eps_warmup=0.6, pad=0, image_size=32, train_size=3200,
+                   test_size=250, apgd_steps=25, targets=3, square_queries=100),
+    'mnist': dict(arch='small-cnn', epochs=20, lr=0.05, schedule='onecycle', eps='0.3', steps=40,
+                  step_size='0.01', eps_warmup=0.4, pad=0),
     'fashion-mnist': dict(arch='small-cnn', epochs=30, lr=0.05, schedule='onecycle', eps='0.1',
                           step_size='0.02', eps_warmup=0.4, pad=2),
     'cifar10': {},
@@ -61,7 +60,7 @@ SETTINGS = {
     'svhn': dict(lr=0.01, step_size='1/255', eps_warmup=0.05),
     'stl10': dict(epochs=100, eps='4/255', step_size='1/255'),
     'folder': dict(arch='resnet50', epochs=90, batch_size=256, weight_decay=1e-4, eps='4/255',
-                   step_size='1/255', image_size=224, pad=28)}
+                   step_size='1/255', image_size=224, pad=None)}  # pad: an eighth
 L2 = dict(eps='128/255', step_size='15/255')  # Rice et al. 2020
 ARCHS = ('small-cnn', 'small-cnn-64', 'lenet5', 'resnet18', 'wrn-10-1', 'wrn-28-10', 'wrn-34-10',
          'alexnet', 'googlenet', 'resnet50', 'resnet18-imagenet')
@@ -82,6 +81,8 @@ def entry(main):
         main()
     except UserError as error:
         complain(error)
+    except KeyboardInterrupt:
+        complain('interrupted; the same command continues from the last saved epoch')
     except OSError as error:
         complain(f'{error.strerror or error}: {error.filename or "while writing"}')
     except RuntimeError as error:
@@ -160,6 +161,8 @@ def parse(parser, argv=None):
     usual = parser.parse_args(['--dataset', args.dataset])
     eps, step, most = args.eps, args.step_size, 1 if args.norm == 'linf' else math.inf
     for wrong, message in (
+            (0 in (args.epochs, args.batch_size, args.steps, args.lr, eps, step),
+             '--epochs, --batch-size, --steps, --lr, --eps and --step-size must be more than 0'),
             (eps > most, f'--eps {eps:g} is more than a pixel can change; {eps:g}/255 is meant?'),
             (step > 2 * eps, f'--step-size {step:g} is larger than the ball of --eps {eps:g}'),
             (args.eps_warmup >= 1, '--eps-warmup is a share of the training, below 1'),
@@ -170,9 +173,6 @@ def parse(parser, argv=None):
             (lr_factor(args.schedule, 0) is None, f'--schedule {args.schedule} is not known')):
         if wrong:
             complain(message)
-    for flag in ('epochs', 'batch_size', 'steps', 'lr', 'eps', 'step_size'):
-        if not getattr(args, flag):
-            complain(f'--{flag.replace("_", "-")} must be more than 0')
     args.changed = any(v != getattr(usual, k) for k, v in vars(args).items() if k not in WHERE)
     return args
 
@@ -190,17 +190,15 @@ def pick_device(name='auto'):
     return torch.device('cuda', LOCAL_RANK) if cuda else torch.device('cpu')
 
 def pick_precision(device, amp='auto'):
-    """dtype of training. auto: bfloat16 on GPUs of capability 8 and more (older ones only imitate
-    it) and on CPUs with AMX or AMD's AVX512-BF16 (Intel's without AMX has half the speed of
-    float32), float16 on older GPUs, else float32."""
-    if amp == 'auto' and device.type == 'cuda':
+    """dtype of training. auto: bfloat16 on GPUs of capability 8 and more (older ones imitate it)
+    and CPUs with AMX or AMD's AVX512-BF16 (Intel's is slow), float16 on older GPUs; else float32.
+    """
+    if device.type == 'cuda' and amp == 'auto':
         amp = 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'fp16'
     elif amp == 'auto':
-        amx, avx = (getattr(torch.cpu, f'_is_{unit}_supported', bool)()
-                    for unit in ('amx_tile', 'avx512_bf16'))
-        cpu = Path('/proc/cpuinfo')
-        amd = cpu.exists() and 'AuthenticAMD' in cpu.read_text()
-        amp = 'bf16' if amx or (avx and amd) else 'fp32'
+        cpu = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
+        fast = 'amx_bf16' in cpu or ('AuthenticAMD' in cpu and 'avx512_bf16' in cpu)
+        amp = 'bf16' if fast else 'fp32'
     if amp == 'fp16' and device.type == 'cpu':
         raise UserError('--amp fp16 needs a CUDA device')
     return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}[amp]
@@ -228,17 +226,22 @@ def save(path, content):
         torch.save(content, buffer)
     if RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix('.tmp').write_bytes(buffer.getbuffer())
-        os.replace(path.with_suffix('.tmp'), path)
+        temporary = path.with_suffix('.tmp')
+        try:
+            temporary.write_bytes(buffer.getbuffer())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
-def start_log(path=None):
-    """Log to stdout and to a file, from the first process."""
+def start_log(folder=None):
+    """Log to stdout and to log.txt in a folder, from the first process."""
     logging.raiseExceptions = False  # a full disk ends the run at the next save, in one line
     sys.stdout.reconfigure(errors='backslashreplace')  # names that an ASCII terminal lacks
     handlers = [logging.NullHandler() if RANK else logging.StreamHandler(sys.stdout)]
-    if path and RANK == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(path, encoding='utf-8'))
+    if folder and RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(folder / 'log.txt', encoding='utf-8'))
     logging.basicConfig(format='%(message)s', handlers=handlers, force=True)
     log.setLevel(logging.INFO)
 
@@ -246,25 +249,24 @@ def start(study, args, load=None):
     """(folder, device, data, results): the log begins, the Data are loaded (by load_data or `load`)
     and what an earlier run of the same command on the same data measured is there already. With
     --plot-only data is None and the results are those of a finished run."""
+    device = pick_device(args.device)
     if args.plot_only:
         start_log()
-        folder = Path(args.plot_only)
-        results = load_results(folder)
+        results = load_results(Path(args.plot_only))
         if results.get('finished') != study:
-            raise UserError(f'{folder} holds no finished run of {study}')
-        return folder, torch.device('cpu'), None, results
-    device = pick_device(args.device)
+            raise UserError(f'{args.plot_only} holds no finished run of {study}')
+        return Path(args.plot_only), device, None, results
     config = {k: v for k, v in vars(args).items() if k not in (*WHERE, 'changed')}
+    config = json.loads(json.dumps(config))  # as it will be read
     name = re.sub(r'[^\w.-]+', '_', f'{args.dataset}-{args.arch}')
     folder = Path(args.out, study, name + f'-{digest(config)}' * args.changed)
-    start_log(folder / 'log.txt')
+    start_log(folder)
     log.info('%s: %s, %s, training in %s -> %s', study, eps_text(config), device,
              pick_precision(device, args.amp), folder)
     save(folder / 'config.json', json.dumps(config, indent=1))
     data = (load or load_data)(args, device)
     asked = dict(config=config, data=[data.digest, data.test_digest])
     found = {} if args.fresh else load_results(folder)
-    wait()  # until all have read
     if found and any(found.get(k) != v for k, v in asked.items()):
         log.info('images, labels or flags are not those of the last run: measuring afresh')
         found = {}
@@ -274,7 +276,7 @@ def start(study, args, load=None):
 def eps_text(config):
     """'eps 8/255', 'eps 0.3' or 'l2 eps 0.5' of a run's settings."""
     eps, l2 = config['eps'], config['norm'] == 'l2'
-    return 'l2 ' * l2 + (f'eps {eps:.3g}' if l2 or eps > 0.1 else f'eps {255 * eps:.3g}/255')
+    return 'l2 ' * l2 + (f'eps {eps:.3g}' if l2 or eps >= 0.1 else f'eps {255 * eps:.3g}/255')
 
 # ---------------------------------------------------------------------------------- Processes
 
@@ -299,11 +301,6 @@ def gather(own):
     total = own.double()
     dist.all_reduce(total)
     return total.to(own.dtype)
-
-def wait():
-    """Until all processes are here."""
-    if WORLD > 1:
-        dist.barrier()
 
 # --------------------------------------------------------------------------------------- Data
 
@@ -355,7 +352,8 @@ def load_data(args, device):
     test = balanced_order(y_test)[: args.test_size or None].sort()[0]
     pairs = (x[train], y[train]), (x[val], y[val]), (x_test[test], y_test[test])
     pairs = [(a.to(device), b.to(device)) for a, b in pairs]
-    data = Data(args.dataset, classes, *pairs, args.pad, flip)
+    pad = args.image_size // 8 if args.pad is None else args.pad
+    data = Data(args.dataset, classes, *pairs, pad, flip)
     most = math.prod(data.shape) ** 0.5 if args.norm == 'l2' else 1
     if args.eps > most:
         raise UserError(f'--eps {args.eps:g}: black and white are {most:.3g} apart in l2; did you '
@@ -377,7 +375,7 @@ def balanced_order(y):
 def split_off(y, classes, n):
     """(training, validation) indices: about n validation images, as many of every class and two or
     more, but at most half of a class."""
-    each = max(2, math.ceil(n / len(classes)))
+    each = max(2, n // len(classes))
     held = (y.bincount(minlength=len(classes)) // 2).clamp(max=each)
     few = [name for name, k in zip(classes, held.tolist()) if k < 2]
     if few:
@@ -393,17 +391,17 @@ def load_torchvision(args, split):
     name, root, (cls, marker, _) = args.dataset, args.data_root, TORCHVISION[args.dataset]
     present = Path(root, marker.format(split=split)).exists()
     which = dict(split=split) if name in ('svhn', 'stl10') else dict(train=split == 'train')
+    if WORLD > 1 and not present:
+        raise UserError(f'no {name} in {root}; let one process download it first')
     if args.trust_data:
         sys.modules[cls.__module__].check_integrity = lambda path, md5=None: os.path.isfile(path)
     try:
         data = cls(root, download=not present, **which)
     except Exception as error:
         why = f'{type(error).__name__}: {error}'.splitlines()[0][:100]
-        if not present:
-            raise UserError(f'no {name} in {root}, and no download ({why}); --data-root names the '
-                            'folder that holds it') from None
-        raise UserError(f'the {name} files in {root} cannot be read ({why}); --trust-data takes '
-                        'altered ones as they are, deleting them fetches them afresh') from None
+        hint = '--trust-data takes altered files as they are, deleting them fetches them afresh'
+        raise UserError(f'no usable {name} in {root} ({why}); ' + (
+            hint if present else '--data-root names the folder that holds it')) from None
     x = torch.as_tensor(np.asarray(data.data))
     y = torch.as_tensor(np.asarray(data.targets if hasattr(data, 'targets') else data.labels))
     x = x[:, None] if x.dim() == 3 else x
@@ -449,8 +447,9 @@ def list_images(folder):
         if path.is_dir() and not path.name.startswith(hidden):
             name = os.fsencode(path.name).decode(errors='replace')  # in any locale
             found[name] = [
-                p for p in sorted(path.rglob('*')) if not p.name.startswith(hidden)
-                and p.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS]
+                p for p in sorted(path.rglob('*'))
+                if p.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS
+                and not any(part.startswith(hidden) for part in p.relative_to(path).parts)]
     return found if any(found.values()) else {}
 
 def read_image(path, size):
@@ -459,7 +458,10 @@ def read_image(path, size):
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith('I'):
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            levels = np.asarray(image) / 257
+            image = Image.fromarray(levels.round().astype(np.uint8))
+            if levels.min() < 0 or levels.max() > 255:
+                raise ValueError('more than 16 bits')
         if image.mode == 'F':
             raise ValueError('pixels are floating-point numbers of unknown range')
         if 'A' in image.mode or 'transparency' in image.info:
@@ -825,7 +827,7 @@ def correct_under(model, x, y, attack=None):
         if attack and len(left):
             generator = make_generator('evaluate', batch, device=x.device)
             x_adv = attack(model, a[left], b[left], generator=generator)
-            limit = dict(eps=1, norm='linf') | attack.keywords
+            limit = dict(eps=1, norm='linf') | getattr(attack, 'keywords', {})
             reach = (x_adv - a[left]).flatten(1).norm(
                 math.inf if limit['norm'] == 'linf' else 2, dim=1).max()
             assert x_adv.min() >= 0 and x_adv.max() <= 1 and reach < limit['eps'] + 1e-5, attack
@@ -833,11 +835,12 @@ def correct_under(model, x, y, attack=None):
         correct[here] = right
     return gather(correct)
 
-ATTACK_NAMES = {'natural': 'natural', 'fgsm': 'FGSM', 'pgd': 'PGD-20', 'apgd_ce': 'APGD-CE',
+ATTACK_NAMES = {'natural': 'natural', 'fgsm': 'FGSM', 'pgd': 'PGD', 'apgd_ce': 'APGD-CE',
                 'apgd_t': 'APGD-T', 'square': 'Square', 'worst': 'worst case'}
 
 def evaluation_attacks(args):
-    """The attacks that every network faces, weakest first. MNIST has PGD-40, as is usual."""
+    """The attacks that every network faces, weakest first; PGD has 20 steps, on MNIST the usual 40.
+    """
     ball = dict(eps=args.eps, norm=args.norm)
     attacks = {
         'fgsm': partial(fgsm, **ball),
@@ -854,6 +857,8 @@ def evaluate(model, data, attacks, correct, keep):
     each. FGSM and PGD face all images, the others those that are left: their columns are
     cumulative, as AutoAttack prints them, and the last is the worst case."""
     x, y = data.test
+    if 'apgd_t' in attacks and len(data.classes) < 4:
+        log.info('  fewer than four classes: APGD-T takes the difference of logits, not the ratio')
     left = torch.ones_like(y, dtype=torch.bool)
     for name, attack in {'natural': None, **attacks}.items():
         if name not in correct:
@@ -961,6 +966,17 @@ def eps_factor(warmup, progress):
     """Share of eps: 0 for the first third of the warm-up, then linearly up to 1."""
     return min(1.0, max(0.0, (progress / warmup - 1 / 3) * 1.5)) if warmup else 1.0
 
+def checkpoint_path(args, data, method, seed, extra, keep):
+    """(name, file) of a training; all that changes the weights is in the hash."""
+    keys = ['arch', 'epochs', 'batch_size', 'lr', 'weight_decay', 'schedule', 'amp', 'pad']
+    if method != 'standard':
+        keys += ['norm', 'eps', 'eps_warmup', 'step_size', 'steps']
+    recipe = {k: getattr(args, k) for k in keys} | dict(
+        pad=data.pad, method=method, seed=seed, data=data.digest, keep=list(keep), version=2)
+    recipe |= extra or {}
+    name = re.sub(r'[^\w.-]+', '_', f'{args.dataset}-{args.arch}-{method}-s{seed}')
+    return name, Path(args.out, 'models', f'{name}-{digest(recipe)}.pt')
+
 def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, extra=None,
           keep=(), labels=None):
     """Train, or continue after an interruption, or take the finished network.
@@ -971,15 +987,8 @@ def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, e
     random draw of an epoch comes from (seed, epoch): continued equals uninterrupted. Returns
     dict(best, last, kept: state_dicts; best_epoch; history: a row an epoch; seconds).
     """
-    keys = ['arch', 'epochs', 'batch_size', 'lr', 'weight_decay', 'schedule', 'amp', 'pad']
-    if method != 'standard':
-        keys += ['norm', 'eps', 'eps_warmup', 'step_size', 'steps']
-    recipe = {k: getattr(args, k) for k in keys} | dict(
-        method=method, seed=seed, data=data.digest, keep=list(keep), version=2) | (extra or {})
-    name = re.sub(r'[^\w.-]+', '_', f'{args.dataset}-{args.arch}-{method}-s{seed}')
-    path = Path(args.out, 'models', f'{name}-{digest(recipe)}.pt')
+    name, path = checkpoint_path(args, data, method, seed, extra, keep)
     state = {} if args.fresh or not path.exists() else read_checkpoint(path)
-    wait()  # until all have read
     if state.get('finished'):
         log.info('%s: trained already', path)
         return state
@@ -996,7 +1005,7 @@ def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, e
         scaler.load_state_dict(state['scaler'])
         log.info('%s: continuing after epoch %d', name, len(state['history']))
     else:
-        state = dict(recipe=recipe, history=[], seconds=0.0, best=None, best_epoch=0,
+        state = dict(history=[], seconds=0.0, best=None, best_epoch=0,
                      kept={0: deepcopy(model.state_dict())} if 0 in keep else {})
     if args.compile:
         model.compile()

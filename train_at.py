@@ -133,8 +133,8 @@ def figure_attacks(runs, results, folder):
         for a, value, top in zip(at, mean, high):
             axis.text(a, top + 1.5, f'{value:.0f}', ha='center', fontsize=6)
     axis.set(xticks=range(len(names)), xticklabels=[ATTACK_NAMES[name] for name in names],
-             ylim=(0, 112), ylabel='test accuracy (%)', title='Accuracy under each attack; from '
-             'APGD-CE on, what is left by all attacks so far: the last is the worst case')
+             ylim=(0, 112), ylabel='test accuracy (%)', title='Accuracy under each attack. From '
+             'APGD-CE on: after all attacks so far,\nso that the last column is the worst case')
     axis.grid(axis='x', visible=False)
     fig.legend(loc='outside lower center', ncols=len(runs))
     common.save_figure(fig, folder, 'fig2_attacks')
@@ -171,9 +171,8 @@ def figure_gallery(results, folder):
             wrong = g['guess'][i] != g['label'][i]
             row[2 + 2 * j].set_title('perturbation\n' * (i == 0) + f'-> {names[g["guess"][i]]}',
                                      color='#D55E00' if wrong else '#009E73')
-    fig.suptitle('Gradient of the loss and PGD-20 perturbation at '
-                 f'{common.eps_text(results["config"])} (grey: no change), and what the perturbed '
-                 'image is read as')
+    fig.suptitle('Gradient of the loss; PGD-20 perturbation, stretched (grey: no change), at '
+                 f'{common.eps_text(results["config"])}\nand what the perturbed image is read as')
     common.save_figure(fig, folder, 'fig4_gradients')
 
 def figure_classes(runs, results, folder):
@@ -264,15 +263,16 @@ def class_claim(worst, y, classes, why):
 
 def table(results):
     """Accuracy of every method under every attack, with its interval, into results.json."""
-    out = {}
+    results['accuracy'] = {}
     for method, arm in results['runs'].items():
-        correct = common.stack(arm)['correct']
-        out[method] = {name: dict(zip(('mean', 'low', 'high'), map(float, bootstrap(v))))
-                       | dict(images=v.shape[1], seeds=v.shape[0]) for name, v in correct.items()}
-        common.log.info('%-9s' + '  %s %.1f' * len(correct) + '  (%.1f min)', METHOD_NAMES[method], *(
-            v for name in correct for v in (ATTACK_NAMES[name], 100 * out[method][name]['mean'])),
-            sum(run['seconds'] for run in arm.values()) / 60)
-    results['accuracy'] = out
+        correct, cells = common.stack(arm)['correct'], {}
+        for name, right in correct.items():
+            mean, low, high = map(float, bootstrap(right))
+            cells[name] = dict(mean=mean, low=low, high=high, seeds=len(right), n=right.shape[1])
+        results['accuracy'][method] = cells
+        text = ''.join(f'  {ATTACK_NAMES[k]} {100 * cell["mean"]:.1f}' for k, cell in cells.items())
+        minutes = sum(run['seconds'] for run in arm.values()) / 60
+        common.log.info('%-9s%s  (%.1f min)', METHOD_NAMES[method], text, minutes)
 
 def main(argv=None):
     parser = common.make_parser(__doc__, DEFAULTS, argv)

@@ -1,5 +1,4 @@
-"""Shared by all tests: the repository root on the path, one thread, real data if it is there."""
-
+"""Shared by all tests: the repository on the path, one thread, real data where it is at hand."""
 import os
 import sys
 from pathlib import Path
@@ -10,11 +9,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
-import common  # noqa: E402
 
-# Real data in torchvision's layout: $ADVCNN_DATA, or shared/data beside the repository.
+# In torchvision's layout: $ADVCNN_DATA, or shared/data beside the repository.
 REAL_DATA = Path(os.environ.get('ADVCNN_DATA', ROOT.parent / 'shared' / 'data'))
-
 
 @pytest.fixture
 def real_data():
@@ -22,26 +19,16 @@ def real_data():
         pytest.skip('no real data here')
     return REAL_DATA
 
-
-@pytest.fixture(autouse=True, scope='session')
-def plain_figures():
-    """Small pictures and no PDF, or figures take half of the time of all tests."""
-    common.FIGURE_FORMATS, common.STYLE['savefig.dpi'] = ('.png',), 40
-
-
 @pytest.fixture(autouse=True)
 def seeded():
-    """An attack without a generator draws from torch's own."""
+    """For what a test draws without a generator."""
     torch.manual_seed(0)
-
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the long tests as well')
 
-
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: left out unless --slow is given')
-
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption('--slow'):
