@@ -114,8 +114,8 @@ def make_parser(doc, defaults=None, argv=None):
     the data set that argv names: SETTINGS, then the script's {data set or '*': {flag: value}}."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = complain
-    first.add_argument('--dataset', default='shapes')
-    first.add_argument('--norm', default='linf')
+    for flag, value in {'--dataset': 'shapes', '--norm': 'linf'}.items():
+        first.add_argument(flag, default=value)
     known, own = first.parse_known_args(argv)[0], defaults or {}
     base = known.dataset.split(':')[0]
     if base not in SETTINGS or (base == 'folder') != (':' in known.dataset):
@@ -997,9 +997,8 @@ def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, e
     dtype = pick_precision(device, args.amp)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=device.type == 'cuda')
-    half = dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, 2.0**16 if half else 1.0,
-                                  growth_interval=2000 if half else 2**30)
+    scale, grows = (2.0**16, 2000) if dtype == torch.float16 else (1.0, 2**30)
+    scaler = torch.amp.GradScaler(device.type, scale, growth_interval=grows)
     if state:
         model.load_state_dict(state['last'])
         optimizer.load_state_dict(state['optimizer'])

@@ -35,8 +35,8 @@ def claims_of(match):
     verdicts = [line.split(' | ')[-1].split(':')[0].strip(' |') for line in text.splitlines()[2:]
                 if line.startswith('|')]
     counts = ', '.join(f'{verdicts.count(v)} {v}' for v in dict.fromkeys(verdicts))
-    return (f'<!-- claims: {match[1]} -->\n<details><summary>claims: {counts}</summary>\n\n{text}\n\n'
-            '</details>\n<!-- end -->')
+    return (f'<!-- claims: {match[1]} -->\n<details><summary>claims: {counts}</summary>\n\n'
+            f'{text}\n\n</details>\n<!-- end -->')
 
 if __name__ == '__main__':
     for argument in sys.argv[1:]:
