@@ -10,8 +10,10 @@ Paper      Yan et al., CIFS: Improving adversarial robustness of CNNs via channe
 Usage      python cifs.py                                      shapes, minutes on a laptop
            python cifs.py --dataset svhn --epochs 100          ResNet-18, one GPU
            python cifs.py --arms vanilla cifs early --seeds 0 1 2
-
-EXPECT
+Expect     shapes, one seed, natural / worst case about (%): vanilla 99 / 48, CAS 99 / 47, probes
+           without masks 98 / 44, CIFS 88 / 36 (natural 99 if its masks are told the labels). CAS
+           keeps 95 under PGD-20 on its final loss alone. The last epoch is the best, so that the
+           paper's claims about it are not testable there. 250 CPU seconds, 3 trainings included.
 """
 import argparse
 from contextlib import contextmanager

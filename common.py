@@ -541,7 +541,7 @@ def small_cnn(classes, channels, w):
 
 def lenet5(classes, channels, height, width):
     """LeNet-5 with ReLU and max pooling, 44.4 k parameters on 28x28 (LeCun et al. 1998)."""
-    left = 16 * math.prod(((side - 4) // 2 - 4) // 2 for side in (height, width))
+    left = 16 * math.prod(max(1, ((side - 4) // 2 - 4) // 2) for side in (height, width))
     return nn.Sequential(OrderedDict(
         conv1=nn.Conv2d(channels, 6, 5), relu1=nn.ReLU(), pool1=nn.MaxPool2d(2),
         conv2=nn.Conv2d(6, 16, 5), relu2=nn.ReLU(), pool2=nn.MaxPool2d(2), flatten=nn.Flatten(),
@@ -988,8 +988,9 @@ def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, e
     random draw of an epoch comes from (seed, epoch): continued equals uninterrupted. Returns
     dict(best, last, kept: state_dicts; best_epoch; history: a row an epoch; seconds).
     """
-    name, path = checkpoint_path(args, data, method, seed, extra, keep)
-    state = {} if args.fresh or not path.exists() else read_checkpoint(path)
+    source = data if labels is None else replace(data, train=(data.train[0], labels))
+    name, path = checkpoint_path(args, source, method, seed, extra, keep)
+    state = {} if args.fresh or not path.exists() else read_checkpoint(path, 'history', 'last')
     if state.get('finished'):
         log.info('%s: trained already', path)
         return state
@@ -997,8 +998,7 @@ def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, e
     dtype = pick_precision(device, args.amp)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=device.type == 'cuda')
-    scale, grows = (2.0**16, 2000) if dtype == torch.float16 else (1.0, 2**30)
-    scaler = torch.amp.GradScaler(device.type, scale, growth_interval=grows)
+    scaler = torch.amp.GradScaler(device.type, 2.0**16 if dtype == torch.float16 else 1.0)
     if state:
         model.load_state_dict(state['last'])
         optimizer.load_state_dict(state['optimizer'])
@@ -1010,7 +1010,6 @@ def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, e
     if args.compile:
         model.compile()
     net, saved = spread(model, device), time.monotonic()
-    source = data if labels is None else replace(data, train=(data.train[0], labels))
     for epoch in range(len(state['history']), args.epochs):
         began = time.monotonic()
         row = dict(method=method, seed=seed, epoch=epoch + 1, precision=str(dtype))
@@ -1058,11 +1057,11 @@ def train_epoch(net, optimizer, scaler, dtype, data, args, seed, epoch, loss_fn)
         before = [b.clone() for b in net.buffers()]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = loss_fn(net, x, y, threat, generator)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)  # but for an update that is not finite
-        scaler.update()
         fine = loss.detach().isfinite()
+        optimizer.zero_grad()
+        scaler.scale(loss * torch.where(fine, 1.0, math.nan)).backward()
+        scaler.step(optimizer)  # but for an update that is not finite
+        scaler.update(None if dtype == torch.float16 else 1.0)
         for b, old in zip(net.buffers(), before):  # batch norm forgets what overflowed
             b.copy_(torch.where(fine, b, old))
         total, good = total + torch.where(fine, loss.detach(), 0), good + fine
@@ -1086,10 +1085,13 @@ def validate(model, data, args):
         row[f'{split}_robust'] = correct_under(model, x, y, attack).float().mean().item()
     return row
 
-def read_checkpoint(path):
-    """torch.load that runs no code; UserError for what cannot be read."""
+def read_checkpoint(path, *keys):
+    """torch.load of a dict with these keys that runs no code; UserError for anything else."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        if not isinstance(state, dict) or not set(keys) <= state.keys():
+            raise ValueError('it holds something else')
+        return state
     except Exception as error:
         why = str(error).partition('. ')[0].partition('\n')[0]
         raise UserError(f'{path} cannot be read ({why}); if it is one of runs/models, --fresh '
