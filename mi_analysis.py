@@ -18,7 +18,7 @@ mode, in tests, too), all networks and both kinds share the same distinct images
 anew, with repetitions), a network is measured after an epoch (theirs before, never at the end), up
 to 1000 training images are held out.
 
-EXPECT     On shapes, in 210 CPU seconds: under published noise and in bins trained layers are at
+Expect     On shapes, in 210 CPU seconds: under published noise and in bins trained layers are at
            the ceilings, with permuted labels, too; under scaled noise I(T;Y) grows from 0.4 bits in
            the stem, as of permuted labels, to 2.7 (NT) and 2.5 (AT) in the logits. An attack leaves
            0.9 and 1.6, and as much I(T;X) as before; V4 and V5 are contradicted. An attack knows

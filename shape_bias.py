@@ -11,7 +11,7 @@ Usage      python shape_bias.py                                     shapes, minu
            DIR: style-transfer-preprocessed-512 of github.com/rgeirhos/texture-vs-shape, beside it
            edges and filled-silhouettes; files of torchvision, DataParallel and robustness load
 
-EXPECT     Shape bias, one seed: S .54, 4/255 .64, R (8/255) .72, so S is not texture-biased here;
+Expect     Shape bias, one seed: S .54, 4/255 .64, R (8/255) .72, so S is not texture-biased here;
            R keeps more without texture; concepts, input types, ablation: inconclusive. 246 CPU s.
 """
 import argparse
@@ -71,8 +71,8 @@ BANDS = [k / 10 for k in range(1, 10)]  # 1 is the Nyquist frequency
 GATE, MARGIN = 3.0, 0.20  # robust accuracy of R over that of S; natural accuracy that R may lose
 COVERAGE, DECISIONS = 0.5, 50  # share and number of conflicts decided for either cue
 UNITS, NO_SIGNAL = 20, 0.05  # channels that matter alone; a smaller share or effect is chance
-# How far two trainings that differ in the seed alone came apart at most (version 1, six networks);
-# a smaller effect is inconclusive, with n seeds one below 1/sqrt(n) of it.
+# How far two trainings that differ in the seed alone came apart at most (version 1, six networks of
+# 6 epochs; concepts: twice one kind). Less is inconclusive; of n seeds, less than 1/sqrt(n) of it.
 NOISE = dict(bias=0.09, blank=0.15, kept=0.11, filters=0.08, outliers=0.07, concepts=0.12,
              types=0.05, leaning=0.32)
 
