@@ -11,14 +11,16 @@ Usage      python dimpled_manifold.py                  shapes, minutes on a lapt
 Expect     shapes, one seed, ten networks on points: 265 s of CPU, about 2.5 idle minutes.
            Points: so it is, given codimension. n = 30: the boundary comes within .26 half-gaps of
            them before the fit, where it is a whole sheet, .49 deep; n = 3: .7, torn, 1.5. R^30 is
-           ours (the official film is not reproduced): at n = 3 some 45 settings of optimiser, gain,
-           depth, width and points gave no dimples; then n = 5 to 100 were tried. .94 of a gradient
-           is across the plane, .97 by chance. Adversarial training at .01 half-gaps doubles the
-           depth; from .025 on the sheet is torn.
+           ours (the official film is not reproduced): some 45 settings of optimiser, gain, depth,
+           width and points at n = 3 gave no dimples, then n = 5 to 100 were tried. Gradients: .94
+           across the plane, chance .97. Adversarial training at .01 half-gaps doubles the depth,
+           from .025 on it tears the sheet.
            Images: staying off T costs nothing, but T is dearer than a random subspace only for the
            autoencoder's T and the standard network (4.7 times); .84 for the renderer's true T, .92
            and .39 for PGD-AT. The part off T of wrong-label images teaches as much as the whole.
-           MNIST (PGD-AT in few epochs): see docs/results.md.
+           MNIST (--train-size 10000 --test-size 1000 --epochs 5 --steps 7 --step-size 0.1 --images
+           100 --ae-epochs 20 --attack-steps 25 --wrong-steps 10: 9.4 minutes of CPU), standard: off
+           T 1.04 x free, in T 3.10 x (Karner 1.08, 3.15), .40 x a random subspace.
 """
 import io
 import warnings
@@ -395,9 +397,9 @@ def sheet(found):
     return (found['crossings'] == 1).mean((2, 3))
 
 def beaten(found):
-    """Share of images on which a restricted attack finds less than the free one."""
+    """Share of images on which the free attack fails or a restricted one finds less."""
     least = np.minimum(np.minimum(found['on'], found['off']), found['random'])
-    return (least < 0.99 * found['free'])[found['right']].mean()
+    return (np.isinf(found['free']) | (least < 0.99 * found['free']))[found['right']].mean()
 
 def arrays(results):
     """({n: measures}, {eps: measures}, {method: measures, seeds in front})."""
@@ -432,8 +434,7 @@ def slice_legend(fig, columns=5):
     handles = [plot([], [], 'k')[0], *(plot([], [], 's', color=colour)[0] for colour in SIDES),
                *(plot([], [], 'o', color=colour)[0] for colour in LABELS)]
     fig.legend(handles, ['decision boundary', 'network says blue', 'network says orange', 'blue '
-               'training point', 'orange training point'], loc='outside lower center',
-               ncols=columns)
+               'point', 'orange point'], loc='outside lower center', ncols=columns)
 
 def figure_evolution(points, folder):
     fig, axes = common.new_figure(2, len(SHOWN), 12, 5.6, sharex=True, sharey=True)
@@ -505,8 +506,7 @@ def figure_robust(arms, folder):
     axes[0, 3].set(title='Depth of dimples (half-gaps)', ylim=(0, None))
     axes[0, 4].set(title='Share of sheet left', ylim=(0, 1.03))
     axes[0, 4].axhline(AT_SHEET, color='0.4', ls='--')
-    fig.suptitle('Adversarial training deepens the dimples (eps 0, small, large from the left) and '
-                 f'tears the sheet as eps grows; n = {AT_DIMENSION}')
+    fig.suptitle(f'Adversarial training deepens dimples, then tears the sheet; n = {AT_DIMENSION}')
     common.save_figure(fig, folder, 'fig3_adversarial_training')
 
 def figure_norms(runs, folder):
@@ -521,7 +521,7 @@ def figure_norms(runs, folder):
                 axis.step(norms, share, where='post', color=shade, label=name,
                           lw=4 if arm == 'free' else 1.5)
             axis.set(xscale='log', xlabel='l2 norm', ylabel='images fooled (%)', ylim=(0, 103))
-            axis.set_title(f'{METHOD_NAMES[method]}, T of the {space}\n(restricted beats free: '
+            axis.set_title(f'{METHOD_NAMES[method]}, T of the {space}\n(free attack beaten: '
                            f'{beaten(found):.0%})')
             line[-1].hist(found['angle'][found['right']], np.arange(40, 91, 1.25), color=colour,
                           alpha=0.6, label=f'T of the {space}')
@@ -595,11 +595,11 @@ def resampled(values, statistic=np.nanmedian, draws=500):
     return statistic(values), *np.nanpercentile(found, (2.5, 97.5))
 
 def image_claims(where, found, labels, known):
-    right, masked = found['right'], f'masked: restricted attacks beat free on {beaten(found):.0%}'
+    right, masked = found['right'], f'masked: the free attack is beaten on {beaten(found):.0%}'
     why = common.near_chance(right.astype(float), labels[: right.shape[1]])
     why = why or masked * bool(beaten(found) > BEATEN)
     norm = {arm: np.where(right, found[arm].clip(max=1e3), np.nan) for arm in ARMS}  # 1000: never
-    off, on = resampled(norm['off'] / norm['free']), np.median((found['on'] / found['free'])[right])
+    off, on = resampled(norm['off'] / norm['free']), np.nanmedian(norm['on'] / norm['free'])
     table = (
         ('perturbations are perpendicular to T (degrees)', PAPER, ANGLE,
          resampled(np.where(right, found['angle'], np.nan)),

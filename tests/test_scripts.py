@@ -21,7 +21,11 @@ ROOT = Path(common.__file__).parent
 TINY = '--train-size 60 --test-size 20 --epochs 1 --batch-size 20 --device cpu --amp fp32'.split()
 SCRIPTS = [  # each with flags of its own that make it tiny; the first one also makes all mistakes
     ('train_at', '--methods standard pgd --apgd-steps 2 --targets 1 --square-queries 2'.split()),
-    # a row for each of cifs, mi_analysis, shape_bias, logit_distill, dimpled_manifold
+    ('mi_analysis', '--measured 1'.split()),
+    ('cifs', '--image-size 16 --arms vanilla cifs --warm-start 1 --apgd-steps 2 --targets 1 '
+     '--square-queries 2'.split()),
+    ('logit_distill', '--distil-epochs 1 --suite short --students M0'.split()),
+    # dimpled_manifold and shape_bias: in their own files, with smaller constants
 ]
 SCRIPT, FLAGS = SCRIPTS[0][0], TINY + SCRIPTS[0][1]
 FOLDER = [*FLAGS, *'--train-size 0 --test-size 0 --arch small-cnn'.split()]
