@@ -961,7 +961,8 @@ def lr_factor(schedule, progress):
     schedule = 'drops:0.5,0.75' if schedule == 'piecewise' else schedule
     if not re.fullmatch(r'drops:0?\.\d+(,0?\.\d+)*', schedule):
         return None
-    return 0.1 ** sum(progress >= float(at) for at in schedule[6:].split(','))
+    drops = [float(at) for at in schedule[6:].split(',')]
+    return 0.1 ** sum(progress >= at for at in drops) if drops == sorted(set(drops)) else None
 
 def eps_factor(warmup, progress):
     """Share of eps: 0 for the first third of the warm-up, then linearly up to 1."""
@@ -973,7 +974,7 @@ def checkpoint_path(args, data, method, seed, extra, keep):
     if method != 'standard':
         keys += ['norm', 'eps', 'eps_warmup', 'step_size', 'steps']
     recipe = {k: getattr(args, k) for k in keys} | dict(
-        pad=data.pad, method=method, seed=seed, data=data.digest, keep=list(keep), version=2)
+        pad=data.pad, flip=data.flip, method=method, seed=seed, data=data.digest, keep=list(keep))
     recipe |= extra or {}
     name = re.sub(r'[^\w.-]+', '_', f'{args.dataset}-{args.arch}-{method}-s{seed}')
     return name, Path(args.out, 'models', f'{name}-{digest(recipe)}.pt')

@@ -22,7 +22,7 @@ import mi_analysis
 
 N, D, CLASSES = 5000, 16384, 10
 
-def seconds(function, repeats=3):
+def seconds(function, repeats=2):
     """The fastest of some calls, after one to warm up."""
     times = []
     for _ in range(repeats + 1):
@@ -42,7 +42,7 @@ def usual_pgd(model, x, y, eps, step_size, steps):
         x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
     return x_adv
 
-def bench_attack(batch=64):
+def bench_attack(batch=32):
     model = common.make_model('resnet18').eval()
     plain = common.make_model('resnet18').to(memory_format=torch.contiguous_format).eval()
     x, y = torch.rand(batch, 3, 32, 32), torch.arange(batch) % 10
@@ -55,7 +55,7 @@ def bench_attack(batch=64):
             ours = seconds(lambda: common.pgd(model, last, y, **threat))
         print(f'attack       {name:10} {ours:7.2f} s  {usual / ours:.2f} times as fast')
 
-def bench_evaluation(batch=64):
+def bench_evaluation(batch=32):
     model = common.make_model('resnet18').eval()
     x = torch.rand(batch, 3, 32, 32).to(memory_format=torch.channels_last)
     y = common.logits_of(model, x).argmax(1)

@@ -35,6 +35,26 @@ MUTATIONS = (  # what, file, what stands there once, what then stands there, tes
      'if', 'data'),
     ('seeds are not resampled', 'common.py', 'rng.integers(s, size=(s, 1))',
      'np.arange(s)[:, None]', 'results'),
+    ('masks never use the labels', 'cifs.py', 'if self.training and self.labels is not None:',
+     'if False:', 'cifs'),
+    ('relevance of a linear probe alone', 'cifs.py', 'SHARPNESS * self.hidden(pooled))) @',
+     '0 * self.hidden(pooled))) @', 'cifs'),
+    ('the kernel bounds change places', 'mi_analysis.py', 'for c in (8, 2)]', 'for c in (2, 8)]',
+     'mi_analysis'),
+    ('bins forget the label', 'mi_analysis.py', 'surprise(cell * classes + y)', 'surprise(cell)',
+     'mi_analysis'),
+    ('decisions by the sum over classes', 'shape_bias.py', 'p[:, group].mean(1)',
+     'p[:, group].sum(1)', 'shape_bias'),
+    ('images whose cues agree count', 'shape_bias.py', 'conflict = shape != texture',
+     'conflict = shape == shape', 'shape_bias'),
+    ('levelled by the mean logit', 'logit_distill.py', 'tail.logsumexp(1, keepdim=True) - '
+     'math.log(max(tail.shape[1], 1))', 'tail.mean(1, keepdim=True)', 'logit_distill'),
+    ('log-odds of all classes', 'logit_distill.py', '(odds - log_odds(t, m))[:, None]',
+     'odds[:, None]', 'logit_distill'),
+    ('a board without colours', 'dimpled_manifold.py', 'at.sum(1) % 2 * 2 - 1',
+     'at.sum(1) * 0 + 1', 'dimpled_manifold'),
+    ('the plane through the origin', 'dimpled_manifold.py', '+ OFFSET * frames[:, None, :, 2]',
+     '+ 0 * frames[:, None, :, 2]', 'dimpled_manifold'),
 )
 
 def caught(what, name, old, new, tests):
