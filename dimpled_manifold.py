@@ -8,7 +8,7 @@ Paper      Shamir, Melamed, BenShmuel. The dimpled manifold model of adversarial
 Usage      python dimpled_manifold.py                  shapes, minutes on a laptop
            python dimpled_manifold.py --dataset mnist  (cifar10: ResNet-18, one GPU)
 
-Expect     shapes, one seed, ten networks on points: 265 s of CPU, about 2.5 idle minutes.
+Expect     shapes, one seed, ten networks on points: 265 s of CPU, 2.7 minutes on two cores.
            Points: so it is, given codimension. n = 30: the boundary comes within .26 half-gaps of
            them before the fit, where it is a whole sheet, .49 deep; n = 3: .7, torn, 1.5. R^30 is
            ours (the official film is not reproduced): some 45 settings of optimiser, gain, depth,

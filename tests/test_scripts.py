@@ -129,6 +129,9 @@ def test_damaged_checkpoints_are_named_and_kept(finished, length, tmp_path, monk
     for path in (tmp_path / 'models').iterdir():
         os.truncate(path, int(length * path.stat().st_size))
     before = models(tmp_path)
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    monkeypatch.chdir(empty)  # in which nothing may be trained
     error = refused(capsys, script, *flags, '--out', tmp_path)
     assert any(name in error for name in before) and models(tmp_path) == before
 
