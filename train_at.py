@@ -176,8 +176,9 @@ def figure_gallery(results, folder):
             wrong = g['guess'][i] != g['label'][i]
             row[2 + 2 * j].set_title('perturbation\n' * (i == 0) + f'-> {names[g["guess"][i]]}',
                                      color='#D55E00' if wrong else '#009E73')
-    fig.suptitle('Gradient of the loss; PGD-20 perturbation, stretched (grey: no change), at '
-                 f'{common.eps_text(results["config"])}\nand what the perturbed image is read as')
+    eps = common.eps_text(results['config'])
+    fig.suptitle(f'Gradient of the loss, PGD-20 perturbation at\n{eps} (grey: none; stretched), and '
+                 'what\nthe perturbed image is read as (->)', fontsize=8)
     common.save_figure(fig, folder, 'fig4_gradients')
 
 def figure_classes(runs, results, folder):
