@@ -177,8 +177,8 @@ def figure_gallery(results, folder):
             row[2 + 2 * j].set_title('perturbation\n' * (i == 0) + f'-> {names[g["guess"][i]]}',
                                      color='#D55E00' if wrong else '#009E73')
     eps = common.eps_text(results['config'])
-    fig.suptitle(f'Gradient of the loss, PGD-20 perturbation at\n{eps} (grey: none; stretched), and '
-                 'what\nthe perturbed image is read as (->)', fontsize=8)
+    fig.suptitle(f'Gradient of the loss, PGD-20 perturbation at\n{eps} (grey: none; stretched),'
+                 ' and what\nthe perturbed image is read as (->)', fontsize=8)
     common.save_figure(fig, folder, 'fig4_gradients')
 
 def figure_classes(runs, results, folder):
