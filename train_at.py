@@ -107,7 +107,7 @@ def draw(results, folder):
 
 def figure_training(results, folder):
     arms = results['runs']
-    fig, axes = common.new_figure(1, len(arms), max(6, 2.2 * len(arms) + 1), 2.8, sharey=True)
+    fig, axes = common.new_figure(1, len(arms), max(6.6, 2.2 * len(arms) + 1), 2.8, sharey=True)
     lines = (('val_natural', '#0072B2', '-', 'natural, validation images'),
              ('val_robust', '#D55E00', '-', 'PGD-10, validation images'),
              ('train_robust', '#E69F00', '--', 'PGD-10, training images'))
