@@ -221,7 +221,7 @@ def build(spec, start, arch, classes, shape, seed):
 def train_arm(args, data, arm, seed, device, method=None):
     """(what common.train returns, best and last network) of an arm, after --warm-start epochs on
     natural images; where nothing differs, the vanilla networks are those of train_at.py."""
-    spec = CIFS | ARMS[arm] | dict(total=args.mask_sum)
+    spec = CIFS | ARMS[arm] | dict(total=args.mask_sum, chosen='joint')
     method, name, start, extra, loss_fn = method or spec['method'], '', None, {}, None
     if args.warm_start:
         natural = dict(epochs=args.warm_start, schedule='constant', warm_start=0)
@@ -232,7 +232,8 @@ def train_arm(args, data, arm, seed, device, method=None):
         name, extra['spec'] = f'{arm}-', spec
         loss_fn = joint_loss(method, spec['beta'], spec['labels'])
     trained = common.train(args, data, name + method, seed, device, extra=extra, loss_fn=loss_fn,
-                           build=partial(build, spec, start))
+                           build=partial(build, spec, start),
+                           val_loss=joint(common.cross_entropy))
     nets = (common.restore(trained, which, args, data, device, partial(build, spec, None))
             for which in ('best', 'last'))
     return trained, *(net if spec['places'] else Masked(net) for net in nets)
@@ -500,7 +501,7 @@ def figure_training(results, folder):
                 axes[0, 1].plot(epoch, 100 * correct['worst'].mean(), 'x', ms=7, color=colour)
     axes[0, 1].plot([], [], 'o', color='0.4', label='best epoch')
     axes[0, 1].plot([], [], 'x', color='0.4', label='worst case, test images')
-    axes[0, 0].set(title='Training images', ylabel='accuracy (%), PGD-10 on the final loss')
+    axes[0, 0].set(title='Training images', ylabel='accuracy (%), PGD-10 on the joint loss')
     axes[0, 1].set(title='Validation images: falling is overfitting')
     for axis in axes[0]:
         axis.set(xlabel='epoch', ylim=(0, None))

@@ -980,12 +980,13 @@ def checkpoint_path(args, data, method, seed, extra, keep):
     return name, Path(args.out, 'models', f'{name}-{digest(recipe)}.pt')
 
 def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, extra=None,
-          keep=(), labels=None):
+          keep=(), labels=None, val_loss=cross_entropy):
     """Train, or continue after an interruption, or take the finished network.
 
     method: a key of METHODS, or any name with a loss_fn of the same signature; build(arch,
     classes, shape, seed) -> model; extra: what else changes the weights, for JSON; keep: epochs
-    whose weights are kept (0: the initial ones); labels: (N, ...), what loss_fn gets as y. Every
+    whose weights are kept (0: the initial ones); labels: (N, ...), what loss_fn gets as y; val_loss:
+    what PGD-10 raises on the validation images, under which the best epoch is the best. Every
     random draw of an epoch comes from (seed, epoch): continued equals uninterrupted. Returns
     dict(best, last, kept: state_dicts; best_epoch; history: a row an epoch; seconds).
     """
@@ -1015,7 +1016,7 @@ def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, e
         began = time.monotonic()
         row = dict(method=method, seed=seed, epoch=epoch + 1, precision=str(dtype))
         row |= train_epoch(net, optimizer, scaler, dtype, source, args, seed, epoch,
-                           loss_fn or METHODS[method]) | validate(model, data, args)
+                           loss_fn or METHODS[method]) | validate(model, data, args, val_loss)
         # epochs before eps is whole are too easy to be the best
         whole = eps_factor(args.eps_warmup, (epoch + 1) / args.epochs) == 1
         row['score'] = row['val_natural'] if method == 'standard' else row['val_robust'] * whole
@@ -1076,9 +1077,10 @@ def train_epoch(net, optimizer, scaler, dtype, data, args, seed, epoch, loss_fn)
                         'a smaller --lr may help')
     return dict(loss=(total / good).item(), skipped=n - int(good))
 
-def validate(model, data, args):
+def validate(model, data, args, loss=cross_entropy):
     """Accuracy, natural and under PGD-10, on the validation images and as many training images."""
-    attack = partial(pgd, eps=args.eps, step_size=args.eps / 4, steps=10, norm=args.norm, stop=True)
+    attack = partial(pgd, eps=args.eps, step_size=args.eps / 4, steps=10, norm=args.norm, loss=loss,
+                     stop=True)
     row = {}
     for split, (x, y) in dict(train=data.train, val=data.val).items():
         x, y = x[: len(data.val[1])], y[: len(data.val[1])]
