@@ -600,11 +600,11 @@ def main(argv=None):
     parser = common.make_parser(__doc__, DEFAULTS, argv)
     add = parser.add_argument
     add('--arms', nargs='+', choices=ARMS, metavar='ARM', help=', '.join(ARMS))
-    add('--warm-start', type=common.count, metavar='N', help='epochs on natural images before')
+    add('--warm-start', type=int, metavar='N', help='epochs on natural images before')
     add('--mask-sum', type=common.number, metavar='X', help='of softmax masks; 0: of mean 1')
-    add('--apgd-steps', type=common.count, metavar='N', help='of APGD')
-    add('--targets', type=common.count, metavar='N', help='of APGD-T')
-    add('--square-queries', type=common.count, metavar='N', help='of Square')
+    add('--apgd-steps', type=int, metavar='N', help='of APGD')
+    add('--targets', type=int, metavar='N', help='of APGD-T')
+    add('--square-queries', type=int, metavar='N', help='of Square')
     args = common.parse(parser, argv)
     if args.arch not in PLACES:
         parser.error(f'no places for masks in {args.arch}; there are in {", ".join(PLACES)}')

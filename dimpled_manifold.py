@@ -637,15 +637,15 @@ def claims(results):
 
 def main(argv=None):
     parser = common.make_parser(__doc__, DEFAULTS, argv)
-    add, count = parser.add_argument, common.count
-    add('--latent', type=count, metavar='K', help="dimensions of the autoencoder's range")
-    add('--ae-epochs', type=count, metavar='N', help='of the autoencoder')
-    add('--images', type=count, metavar='N', help='test images that are attacked')
-    add('--attack-steps', type=count, metavar='N', help='of the shortest perturbation')
-    add('--replicas', type=count, metavar='N', help='networks on points, of each setting')
-    add('--point-steps', type=count, metavar='N', help='of networks on points')
+    add = parser.add_argument
+    add('--latent', type=int, metavar='K', help="dimensions of the autoencoder's range")
+    add('--ae-epochs', type=int, metavar='N', help='of the autoencoder')
+    add('--images', type=int, metavar='N', help='test images that are attacked')
+    add('--attack-steps', type=int, metavar='N', help='of the shortest perturbation')
+    add('--replicas', type=int, metavar='N', help='networks on points, of each setting')
+    add('--point-steps', type=int, metavar='N', help='of networks on points')
     add('--wrong-eps', type=common.number, metavar='X', help='l2 radius of wrongly labelled images')
-    add('--wrong-steps', type=count, metavar='N', help='of the attack that makes them')
+    add('--wrong-steps', type=int, metavar='N', help='of the attack that makes them')
     args = common.parse(parser, argv)
     if not min(args.latent, args.images, args.replicas, args.wrong_steps):
         parser.error('--latent, --images, --replicas and --wrong-steps must be more than 0')

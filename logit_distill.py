@@ -525,7 +525,7 @@ def main(argv=None):
         help=f'rows of TARGETS: {", ".join(TARGETS)}')
     add('--temperature', type=common.number, metavar='T', help='of teacher and student')
     add('--start', choices=('warm', 'cold'), help="from the standard network's weights or anew")
-    add('--distil-epochs', type=common.count, metavar='N', help='of each student')
+    add('--distil-epochs', type=int, metavar='N', help='of each student')
     add('--judged', type=common.number, metavar='X', help='share of --eps in attacks on students')
     add('--suite', choices=('full', 'short'), help='short: without APGD and Square')
     args = common.parse(parser, argv)

@@ -534,8 +534,8 @@ def survival_claim(run, results, unless):
 
 def main(argv=None):
     parser = common.make_parser(__doc__, DEFAULTS, argv)
-    parser.add_argument('--measured', type=common.count, metavar='N', help='epochs, at most')
-    parser.add_argument('--test-steps', type=common.count, metavar='N', help='of PGD in tests')
+    parser.add_argument('--measured', type=int, metavar='N', help='epochs, at most')
+    parser.add_argument('--test-steps', type=int, metavar='N', help='of PGD in tests')
     parser.add_argument('--test-step-size', type=common.number, metavar='X',
                         help='of PGD in tests; 0: a quarter of eps')
     args = common.parse(parser, argv)

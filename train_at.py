@@ -69,17 +69,11 @@ def eps_curve(model, data, args):
         accuracy.append(common.correct_under(model, x, y, attack).float().mean().item())
     return np.array(accuracy)
 
-def input_gradients(model, x, y):
-    """Gradient of the cross-entropy with respect to each image: (N, C, H, W)."""
-    with common.frozen(model):
-        return torch.cat([common.input_gradient(model, a, b, common.cross_entropy)[2]
-                          for a, b in zip(x.split(100), y.split(100))])
-
 def gradient_alignment(model, data):
     """|cos| between each image and its gradient, both less the mean of each channel, so that
     brightness alone does not align (Etmann et al. 2019 without that): (N,)."""
     x, y = common.to_float(data.test[0][:ALIGNMENT_IMAGES]), data.test[1][:ALIGNMENT_IMAGES]
-    pair = x, input_gradients(model, x, y)
+    pair = x, common.input_gradients(model, x, y)
     image, gradient = ((v - v.mean((2, 3), keepdim=True)).flatten(1) for v in pair)
     return torch.nn.functional.cosine_similarity(image, gradient).abs().cpu().numpy()
 
@@ -91,8 +85,8 @@ def gallery(model, data, args):
     x, y = common.to_float(data.test[0][rows]), y[rows]
     x_adv = common.pgd(model, x, y, eps=args.eps, step_size=args.eps / 8, steps=20, norm=args.norm,
                        generator=common.make_generator('gallery', device=x.device))
-    out = dict(image=x, label=y, gradient=input_gradients(model, x, y), perturbation=x_adv - x,
-               guess=common.logits_of(model, x_adv).argmax(1))
+    out = dict(image=x, label=y, gradient=common.input_gradients(model, x, y),
+               perturbation=x_adv - x, guess=common.logits_of(model, x_adv).argmax(1))
     return {name: v.cpu().numpy() for name, v in out.items()}
 
 # ------------------------------------------------------------------------------------ Figures
@@ -283,9 +277,9 @@ def table(results):
 def main(argv=None):
     parser = common.make_parser(__doc__, DEFAULTS, argv)
     parser.add_argument('--methods', nargs='+', choices=common.METHODS, help='trainings')
-    parser.add_argument('--apgd-steps', type=common.count, metavar='N', help='of APGD')
-    parser.add_argument('--targets', type=common.count, metavar='N', help='of APGD-T')
-    parser.add_argument('--square-queries', type=common.count, metavar='N', help='of Square')
+    parser.add_argument('--apgd-steps', type=int, metavar='N', help='of APGD')
+    parser.add_argument('--targets', type=int, metavar='N', help='of APGD-T')
+    parser.add_argument('--square-queries', type=int, metavar='N', help='of Square')
     args = common.parse(parser, argv)
     folder, device, data, results = common.start('train_at', args)
     if 'finished' not in results:

@@ -191,7 +191,7 @@ MISTAKES = (  # flags, words of the line; the first for every script
     ('--eps -1', "'-1'"), ('--lr abc', "'abc'"), ('--norm l2 --eps 128', '128/255'),
     ('--step-size 17/255', 'ball'), ('--schedule drops:nan', 'drops:nan'),
     ('--schedule drops:2,3', 'drops:2,3'), ('--epochs 0', '--epochs'), ('--epochs 1.5', "'1.5'"),
-    ('--seeds 0 0', '--seeds'), ('--dataset cifar', 'known: shapes'), ('--weight-decay 2', 'decay'),
+    ('--seeds 0 0', '--seeds'), ('--dataset cifar', 'known: shapes'), ('--steps -1', '-1 is less'),
     ('--dataset folder', 'folder:PATH'), ('--dataset folder:nowhere', 'nowhere'),
     ('--dataset mnist', 'mnist in data'), ('--dataset cifar10 --image-size 32', '--image-size'),
     ('--eps-warmup 1', '--eps-warmup'), ('--device cuda', 'no CUDA'), ('--amp fp16', 'CUDA'),
