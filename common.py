@@ -592,14 +592,15 @@ def first_of(output):
 
 # ------------------------------------------------------------------------------------ Attacks
 
-# A loss is a function (output, y) -> (N,), to be maximised.
+# A loss is a function (output, y) -> (N,), to be maximised; output: logits (N, K), or a tuple with
+# these first. dlr_targeted takes a class more, kl_divergence another output in place of y.
 
 def cross_entropy(output, y):
     """Cross-entropy of each image, nats."""
     return F.cross_entropy(first_of(output).float(), y, reduction='none')
 
 def margin(output, y):
-    """Largest other logit minus the true one: > 0 where the network errs."""
+    """Largest other logit minus the true one: >= 0 where the network errs."""
     logits = first_of(output).float()
     return logits.scatter(1, y[:, None], -math.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
 
@@ -635,7 +636,7 @@ def frozen(model):
             p.requires_grad_(True)
 
 def input_gradient(model, x, y, loss):
-    """(logits, loss (N,), gradient of the loss with respect to each image), all detached."""
+    """(logits, loss (N,), its gradient for each image of x: float), all detached."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         output = model(x)
@@ -656,8 +657,8 @@ def column(v):
     return v[:, None, None, None]
 
 def l2_norm(v):
-    """(N, C, H, W) -> (N, 1, 1, 1), at least 1e-12."""
-    return torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
+    """(N, C, H, W) -> (N, 1, 1, 1), never 0."""
+    return torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True).clamp(min=1e-20)
 
 def project(x_adv, x, eps, norm):
     """Back into the ball of radius eps around x (l2: along the ray), then into [0, 1]."""
@@ -680,15 +681,16 @@ def random_start(x, eps, norm, generator=None):
 
 def pgd(model, x, y, *, eps, step_size, steps, norm='linf', loss=cross_entropy, start=None,
         stop=False, generator=None):
-    """Projected gradient ascent (Madry et al. 2018) from a random start, or from `start`: the last
-    iterate (N, C, H, W) or, with stop, the first misclassified one, when an image is dropped."""
+    """Projected gradient ascent (Madry et al. 2018) on x: float from a random start, or from
+    `start`: the last iterate (N, C, H, W). With stop an image is done at its first misclassified
+    iterate and leaves the batch, so that the loss must not hold tensors of the batch."""
     start = random_start(x, eps, norm, generator) if start is None else start
     x_adv = project(start, x, eps, norm)
     result, todo = x_adv.clone(), torch.arange(len(x), device=x.device)
     with frozen(model) as model:
         for _ in range(steps):
             logits, _, gradient = input_gradient(model, x_adv, y, loss)
-            right = logits.argmax(1) == y
+            right = logits.argmax(1) == y if stop else None
             if stop and not right.all():
                 result[todo] = x_adv
                 todo, x, y, x_adv, gradient = (v[right] for v in (todo, x, y, x_adv, gradient))
@@ -699,14 +701,14 @@ def pgd(model, x, y, *, eps, step_size, steps, norm='linf', loss=cross_entropy, 
     return result
 
 def fgsm(model, x, y, *, eps, norm='linf', loss=cross_entropy, generator=None):
-    """One full step along the sign of the gradient (Goodfellow et al. 2015)."""
+    """One full step uphill from the image (Goodfellow et al. 2015); the generator is not used."""
     return pgd(model, x, y, eps=eps, step_size=eps, steps=1, norm=norm, loss=loss, start=x)
 
 def apgd(model, x, y, *, eps, steps=100, norm='linf', loss=cross_entropy, targets=0,
          generator=None):
     """Auto-PGD (Croce & Hein 2020, algorithm 1): no step size to choose. targets > 0: a run towards
-    each of that many likeliest wrong classes, with a loss (output, y, target). Returns a
-    misclassified point of each image or else the one of largest loss; the first are dropped."""
+    each of that many likeliest wrong classes, with a loss (output, y, target). Returns for each
+    image a point that fools, with which it is done, or else the best one of the last run."""
     best = x.clone()
     with frozen(model) as model:
         logits = logits_of(model, x)
@@ -820,8 +822,8 @@ ATTACK_NAMES = {'natural': 'natural', 'fgsm': 'FGSM', 'pgd': 'PGD', 'apgd_ce': '
                 'apgd_t': 'APGD-T', 'square': 'Square', 'worst': 'worst case'}
 
 def evaluation_attacks(args):
-    """The attacks that every network faces, weakest first; PGD has 20 steps, on MNIST the usual 40.
-    """
+    """{name: attack} that every network faces, weakest first. args: the flags, with apgd_steps,
+    targets and square_queries. PGD has 20 steps, on MNIST the usual 40."""
     ball = dict(eps=args.eps, norm=args.norm)
     attacks = {
         'fgsm': partial(fgsm, **ball),
@@ -834,9 +836,9 @@ def evaluation_attacks(args):
     return {k: v for k, v in attacks.items() if args.norm == 'linf' or k != 'square'}
 
 def evaluate(model, data, attacks, correct, keep):
-    """Fill correct[name], (N,) bool, for natural test images and each attack, with keep() after
-    each. FGSM and PGD face all images, the others those that are left: their columns are
-    cumulative, as AutoAttack prints them, and the last is the worst case."""
+    """Fill correct[name], (N,) bool, for natural test images and each attack, and correct['worst'],
+    with keep() after each. APGD-CE, APGD-T and Square face only what is left: their columns are
+    cumulative, as AutoAttack prints them. All other attacks face all images."""
     x, y = data.test
     if 'apgd_t' in attacks and len(data.classes) < 4:
         log.info('  fewer than four classes: APGD-T takes the difference of logits, not the ratio')
@@ -856,9 +858,9 @@ MASKING = {  # symptom (Athalye et al. 2018, Carlini et al. 2019): what is still
     'one step beats many': 0.01, 'cross-entropy far weaker': 0.08, 'black box beats white': 0.01}
 
 def masking_check(model, data, correct, *, norm='linf', loss=margin):
-    """{symptom: value}, on 100 test images the share with a zero gradient and with other outputs
-    the second time, and the accuracy left when everything may change, in units of chance; the gaps
-    between the accuracies of `correct`, as `evaluate` fills it."""
+    """{symptom: value}. On 100 test images: the share with a zero gradient, the share with other
+    logits the second time, and the accuracy under PGD without a bound on `loss`, in units of
+    chance. Then differences between the accuracies of `correct`, as `evaluate` fills it."""
     x, y = to_float(data.test[0][:100]), data.test[1][:100]
     gradient = input_gradients(model, x, y).flatten(1)
     again = (logits_of(model, x) != logits_of(model, x)).any(1)
@@ -870,11 +872,12 @@ def masking_check(model, data, correct, *, norm='linf', loss=margin):
     found = {'zero gradients': (gradient == 0).all(1).float().mean().item(),
              'random outputs': again.float().mean().item(),
              'unbounded attack fails': left * len(data.classes)}
-    pairs = {'one step beats many': ('pgd', 'fgsm'), 'cross-entropy far weaker':
-             ('apgd_ce', 'apgd_t'), 'black box beats white': ('apgd_t', 'square')}
-    pairs = {symptom: pair for symptom, pair in pairs.items() if set(pair) <= correct.keys()}
-    return found | {symptom: float(correct[weak].mean() - correct[strong].mean())
-                    for symptom, (weak, strong) in pairs.items()}
+    for symptom, weak, strong in (('one step beats many', 'pgd', 'fgsm'),
+                                  ('cross-entropy far weaker', 'apgd_ce', 'apgd_t'),
+                                  ('black box beats white', 'apgd_t', 'square')):
+        if {weak, strong} <= correct.keys():
+            found[symptom] = float(correct[weak].mean() - correct[strong].mean())
+    return found
 
 # ----------------------------------------------------------------------------------- Training
 
@@ -902,8 +905,9 @@ def halves(output):
     return output.chunk(2)
 
 def trades_loss(net, x, y, threat, generator, ce=cross_entropy, kl=kl_divergence, beta=6.0):
-    """TRADES (Zhang et al. 2019): CE(x) + beta KL(p(x) || p(x_adv)), x_adv maximising the KL. It
-    starts within one bfloat16 of the image, so the first step has to be one of float32."""
+    """TRADES (Zhang et al. 2019): CE(x) + beta KL(p(x) || p(x_adv)), x_adv maximising the KL. In
+    bfloat16 its start would round to the image, where the KL has no gradient: the first step is
+    one of float32. Both halves of the update share their batch norm."""
     x_adv = x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         with frozen(net) as model, torch.no_grad():
@@ -933,8 +937,9 @@ METHOD_NAMES = {'standard': 'standard', 'fgsm': 'FGSM-AT', 'pgd': 'PGD-AT', 'tra
                 'mart': 'MART', 'fat': 'FAT'}
 
 def lr_factor(schedule, progress):
-    """Share of the highest learning rate at progress in [0, 1). piecewise: x 0.1 at 1/2 and 3/4
-    (Rice et al. 2020); onecycle: up over a quarter, then down to 0. None if unknown."""
+    """Share of the highest learning rate at progress, a share of the training. drops:0.5,0.9: x 0.1
+    at each; piecewise: drops:0.5,0.75 (Rice et al. 2020); onecycle: up over a quarter, then down
+    to 0. None: there is no such schedule."""
     if schedule == 'constant':
         return 1.0
     if schedule == 'cosine':
@@ -948,14 +953,17 @@ def lr_factor(schedule, progress):
     return 0.1 ** sum(progress >= at for at in drops) if drops == sorted(set(drops)) else None
 
 def eps_factor(warmup, progress):
-    """Share of eps: 0 for the first third of the warm-up, then linearly up to 1."""
+    """Share of eps: 0 for the first third of the warm-up, then linearly up to 1. Both arguments are
+    shares of the training."""
     return min(1.0, max(0.0, (progress / warmup - 1 / 3) * 1.5)) if warmup else 1.0
 
 def checkpoint_path(args, data, method, seed, extra, keep):
-    """(name, file) of a training; all that changes the weights is in the hash."""
-    keys = ['arch', 'epochs', 'batch_size', 'lr', 'weight_decay', 'schedule', 'amp', 'pad']
-    if method != 'standard':
-        keys += ['norm', 'eps', 'eps_warmup', 'step_size', 'steps']
+    """(name, file) of a training. Its options and data are in the hash, code is not: after a change
+    of a loss or a network, --fresh or another `extra`."""
+    keys = ['arch', 'epochs', 'batch_size', 'lr', 'weight_decay', 'schedule', 'amp', 'pad',
+            'norm', 'eps']
+    if method != 'standard':  # whose history is of that norm and eps, too
+        keys += ['eps_warmup', 'step_size', 'steps']
     recipe = {k: getattr(args, k) for k in keys} | dict(
         pad=data.pad, flip=data.flip, method=method, seed=seed, data=data.digest, keep=list(keep))
     recipe |= extra or {}
@@ -967,11 +975,12 @@ def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, e
     """Train, or continue after an interruption, or take the finished network.
 
     method: a key of METHODS, or any name with a loss_fn of the same signature; build(arch,
-    classes, shape, seed) -> model; extra: what else changes the weights, for JSON; keep: epochs
-    whose weights are kept (0: the initial ones); labels: (N, ...), what loss_fn gets as y;
-    val_loss: what PGD-10 maximises where the best epoch is chosen. Every random draw of an epoch
-    comes from (seed, epoch): continued equals uninterrupted. Returns dict(best, last, kept:
-    state_dicts; best_epoch; history: a row an epoch; seconds).
+    classes, shape, seed) -> model; extra: what else changes the result, loss_fn, build and val_loss
+    included, for JSON; keep: epochs whose weights are kept (0: the initial ones); labels: (N, ...),
+    what loss_fn gets as y. Every random draw of an epoch comes from (seed, epoch): continued equals
+    uninterrupted. Returns dict(best, last, kept: state_dicts; best_epoch: of the highest validation
+    accuracy under PGD-10 on val_loss (standard: natural), the later of equals; history: a row an
+    epoch; seconds, with validation).
     """
     source = data if labels is None else replace(data, train=(data.train[0], labels))
     name, path = checkpoint_path(args, source, method, seed, extra, keep)
@@ -1019,7 +1028,7 @@ def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, e
         if state['finished'] or device.type == 'cpu' or time.monotonic() - saved > 600:
             save(path, state)
             saved = time.monotonic()
-    if row['val_natural'] < 1.5 / len(data.classes):
+    if row['val_natural'] < 1.2 / len(data.classes):
         log.warning('%s COLLAPSED to one class; a smaller --lr or --eps-warmup 0.5 may help', name)
     return state
 
@@ -1029,7 +1038,7 @@ def train_epoch(net, optimizer, scaler, dtype, data, args, seed, epoch, loss_fn)
     device, n = data.train[1].device, max(1, len(data.train[1]) // args.batch_size)
     generator = make_generator('train', seed, epoch, RANK, device=device)
     torch.manual_seed(generator.initial_seed())  # for dropout
-    total, row, longest, good = torch.zeros(4, device=device)
+    total, streak, longest, good = torch.zeros(4, device=device)
     net.train()
     batches = train_batches(data, args.batch_size, seed, epoch, generator)
     for i, (x, y) in enumerate(tqdm(batches, total=n, disable=RANK > 0 or None, leave=False)):
@@ -1044,14 +1053,14 @@ def train_epoch(net, optimizer, scaler, dtype, data, args, seed, epoch, loss_fn)
             loss = loss_fn(net, x, y, threat, generator)
         fine = loss.detach().isfinite()
         optimizer.zero_grad()
-        scaler.scale(loss * torch.where(fine, 1.0, math.nan)).backward()
-        scaler.step(optimizer)  # but for an update that is not finite
+        scaler.scale(loss * torch.where(fine, 1.0, math.nan)).backward()  # nan: none steps
+        scaler.step(optimizer)  # unless a gradient is not finite
         scaler.update(None if dtype == torch.float16 else 1.0)
         for b, old in zip(net.buffers(), before):  # batch norm forgets what overflowed
             b.copy_(torch.where(fine, b, old))
         total, good = total + torch.where(fine, loss.detach(), 0), good + fine
-        row = torch.where(fine, 0, row + 1)
-        longest = torch.maximum(longest, row)
+        streak = torch.where(fine, 0, streak + 1)
+        longest = torch.maximum(longest, streak)
     if WORLD > 1:  # all processes go on with the first one's batch norm
         for b in net.buffers():
             dist.broadcast(b, 0)
@@ -1091,7 +1100,8 @@ def restore(state, which, args, data, device, build=make_model):
 
 # ------------------------------------------------------------------------------------ Results
 
-# A nested dict: results['runs'][arm]['s0'][name], of numpy arrays and what JSON takes. The file
+# A nested dict of numpy arrays and what JSON takes: results['runs'][arm]['s0'][name], and config,
+# classes, labels (of the test images), finished, accuracy, claims. Keys are strings. The file
 # results.json holds it readably, results.npz the arrays.
 
 def save_results(results, folder):
@@ -1124,7 +1134,7 @@ def load_results(folder):
         return {}
 
 def measure(results, keys, function, folder):
-    """results[keys[0]][keys[1]]...: if it is not there, function() is called and saved at once."""
+    """results[keys[0]][keys[1]]...; if it is not there yet, function() is called and saved."""
     place = results
     for key in keys[:-1]:
         place = place.setdefault(key, {})
@@ -1143,8 +1153,8 @@ def finish(study, results, folder):
     save_results(results, folder)
 
 def stack(runs):
-    """{seed: {name: value}} -> {name: array with the seeds in front}, for numbers and arrays, also
-    in dicts of dicts."""
+    """{seed: {name: value}} -> {name: array with the seeds in front}, also in dicts of dicts; lists
+    and texts are left out."""
     out, runs = {}, list(runs.values())
     for name, value in runs[0].items():
         if isinstance(value, dict):
@@ -1155,7 +1165,7 @@ def stack(runs):
 
 @dataclass
 class Claim:
-    """A row of the table. It holds if the 95 % interval of the effect lies above `above`."""
+    """A row of claims.md. It holds if the 95 % interval of the effect lies above `above`."""
     text: str
     source: str
     effect: object  # (N,) of images or (S, N) of seeds and images, whose mean is the effect
@@ -1186,25 +1196,28 @@ def judge(claims, results, folder):
                          reference=c.reference, verdict=verdict))
         log.info('%s\n    %s: %s, needed > %g  [%s]', verdict.upper(), c.text, measured, c.above,
                  c.source)
-    table = [list(rows[0]), ['---'] * len(rows[0]), *(row.values() for row in rows)]
+    table = [*rows[:1], ['---'] * 6, *(row.values() for row in rows)]  # the first: its keys
     text = ''.join('| ' + ' | '.join(v.replace('|', '/') for v in row) + ' |\n' for row in table)
     if len(results['config']['seeds']) == 1:
         text += '\nOne seed: intervals are over images and tell nothing of another training.\n'
     save(folder / 'claims.md', text)
     results['claims'] = rows
     save_results(results, folder)
-    log.info('%sfigures, claims and numbers are in %s', text.partition('\n\n')[2], folder)
+    seeds = text.partition('\n\n')[2]  # the note on one seed
+    log.info('%sfigures, claims and numbers are in %s', seeds, folder)
 
 def near_chance(natural, y):
-    """Why a network's accuracy says nothing, or ''. natural (S, N) right or not; labels y (N,)."""
+    """Why the accuracy of the worst seed says nothing, or ''. natural (S, N) right or not; labels y
+    (N,)."""
     usual = np.bincount(y).max() / len(y)
-    return 'accuracy near chance' if np.min(natural.mean(-1)) < 1.5 * usual else ''
+    poor = np.min(natural.mean(-1)) < min(1.5 * usual, 0.9 * usual + 0.1)
+    return 'accuracy near chance' if poor else ''
 
 def masking_claim(name, masking, unless=''):
     """Control: no symptom of any seed is above its threshold. masking: {symptom: (S,)}."""
     slack = {symptom: MASKING[symptom] - np.max(value) for symptom, value in masking.items()}
     text = f'{name} shows no sign of masked gradients'
-    text += ''.join(f' ({symptom})' for symptom, v in slack.items() if v < 0)
+    text += ''.join(f', but: {symptom}' for symptom, v in slack.items() if v < 0)
     least = min(slack.values()) + 1e-9  # at the threshold is harmless
     return Claim(text, 'control', least, unless=unless, interval=(least, least))
 

@@ -78,8 +78,9 @@ def test_stack_puts_seeds_in_front_and_knows_chance():
     assert found.keys() == {'correct', 'seconds'} and found['seconds'].tolist() == [2.5, 3]
     assert found['correct']['natural'].tolist() == [[1, 0, 1], [1, 0, 1]]
     y = np.array([0, 0, 0, 0, 1, 1, 2, 3, 4, 5])  # the commonest class alone gives 0.4
-    natural = np.arange(10) < np.array([[9], [5]])
+    natural = np.arange(10) < np.array([[9], [4]])
     assert common.near_chance(natural[:1], y) == '' != common.near_chance(natural, y)
+    assert common.near_chance(natural[:1], y // 3) == ''  # two classes, 0.7 and 0.3
 
 def test_masking_claim_names_symptoms_above_their_thresholds(tmp_path):
     limits = {name: np.array([0.0, limit]) for name, limit in common.MASKING.items()}
@@ -87,4 +88,4 @@ def test_masking_claim_names_symptoms_above_their_thresholds(tmp_path):
               for worse in ({}, {'zero gradients': np.array([0, 0.06])})]
     common.judge(claims, results := dict(config=dict(seeds=[0, 1])), tmp_path)
     assert [row['verdict'] for row in results['claims']] == ['supported', 'contradicted']
-    assert '(' not in claims[0].text and claims[1].text.endswith('gradients (zero gradients)')
+    assert 'but' not in claims[0].text and claims[1].text.endswith('gradients, but: zero gradients')
