@@ -34,12 +34,12 @@ def measure(out):
 def program(out):
     """What each process runs. The first time it dies in the second epoch of a training."""
     common.pick_device('cpu')
-    rename, first, updates = os.replace, not (out / 'killed').exists(), iter(range(99))
+    rename, first, updates = Path.replace, not (out / 'killed').exists(), iter(range(99))
     def tell_and_rename(*paths):
         with open(out / 'writers', 'a') as file:
             file.write(f'{common.RANK} {Path(paths[1]).suffix}\n')
         rename(*paths)
-    os.replace = tell_and_rename
+    Path.replace = tell_and_rename
     if first:
         torch.save(measure(out / 'two'), out / f'rank{common.RANK}')
         train(out / 'whole', epochs=3)
