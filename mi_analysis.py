@@ -12,11 +12,11 @@ Noise N(0, v I) is added to the outputs, or I(T;X) would be log2 N. `published`:
 layer. `scaled`, ours: v in proportion to the squared distances of the layer's own outputs. A number
 says something only below its ceiling, log2 N or H(Y), and above that of permuted labels (fig5).
 
-Layers are the authors': outputs of convolutions and linear layers, before batch norm and ReLU; in a
-wide ResNet the first ReLU of each block. What differs: batch norm is in eval mode (theirs in train
-mode, in tests, too), all networks and both kinds share the same distinct images (theirs were drawn
-anew, with repetitions), a network is measured after an epoch (theirs before, never at the end), up
-to 1000 training images are held out.
+Layers: convolutions and linear layers before batch norm and ReLU, in a wide ResNet the first ReLU
+of a block (LeNet-5 and WRN-10-1: the authors'). Ours: batch norm in eval mode (theirs: in train
+mode), the same distinct images for all (theirs: drawn anew, with repetitions), measured after an
+epoch (theirs: before, never at the end), up to 1000 images held out, PyTorch's initial weights,
+global pooling (STL-10), distortions with the training's eps, upper bounds for the logits alone.
 
 Expect     On shapes, in 210 CPU seconds: under published noise and in bins trained layers are at
            the ceilings, with permuted labels, too; under scaled noise I(T;Y) grows from 0.4 bits in
@@ -42,8 +42,9 @@ WIDE = dict(conv1='conv1', block1='block1.0.relu1', block2='block2.0.relu1',
             block3='block3.0.relu1', fc='fc')
 PAPER = dict(epochs=200, lr=0.025, schedule='constant', weight_decay=0.0, steps=7, test_size=5000)
 DEFAULTS = {
-    '*': dict(measured=20, test_steps=7, test_step_size=0.0),
+    '*': dict(measured=20, test_steps=7, test_step_size=0.0, test_size=5000),
     'shapes': dict(test_size=1000),
+    'folder': dict(test_size=0),
     'mnist': dict(PAPER, arch='lenet5', eps='45/255', step_size='8/255', eps_warmup=0.0,
                   test_step_size='8/255'),
     'cifar10': dict(PAPER, arch='wrn-10-1'),
@@ -53,7 +54,7 @@ DEFAULTS = {
 SHARE, SOME, PERMUTATIONS = 1 / 32, 300, 3
 CURVE = tuple(VARIANCE * 4.0**k for k in range(-3, 6))  # variances of the control
 
-# Thresholds of the claims, older than any run of this version.
+# Thresholds of the claims, chosen before the runs.
 MARGIN = 0.05  # bits: so close to a ceiling or to permuted labels, a number says nothing
 TREND, TREND_EPOCHS = 0.5, 6  # rank correlation; of fewer epochs it would be chance
 STAYS, FOOLED, FEW = 0.9, 0.1, 20  # share of label information; accuracy at most; fooled images
@@ -143,10 +144,10 @@ def bin_terms(t, labels, classes, chunk=1024):
     return x, torch.stack([x + surprise(y) - surprise(cell * classes + y) for y in labels])
 
 @torch.no_grad()
-def information(t, labels, classes, layer=''):
-    """What the outputs t (N, D) of a layer tell, bits, lower bounds, image by image: (terms (3, 3,
-    N) of NOISES x I(T;X), I(T;Y), I(T;permuted Y); scaled variance). labels: int64 (P, N), the true
-    ones first, the others permuted. UserError for outputs that are not finite."""
+def information(t, labels, classes, layer='logits'):
+    """Of outputs t (N, D), in bits by image: (terms (3, 3, N) of NOISES x I(T;X), a lower bound,
+    I(T;Y), a difference of two, I(T;permuted Y); scaled variance). labels: int64 (P, N), the true
+    ones first, then permuted. UserError for outputs that are not finite."""
     frame = frame_of(t)
     if not math.isfinite(frame[1]):
         raise common.UserError(f'the outputs of layer {layer} hold NaN or infinity')
@@ -179,7 +180,7 @@ def outputs_of(model, x, name):
 
 def both_kinds(model, x, y, args):
     """{kind: images}: x and PGD on the true labels from x on, without a random start."""
-    step = args.test_step_size or args.eps / 4
+    step = max(args.test_step_size or args.eps / 4, args.eps / max(1, args.test_steps))
     x_adv = [common.pgd(model, a, b, eps=args.eps, step_size=step, steps=args.test_steps,
                         norm=args.norm, start=a) for a, b in zip(x.split(250), y.split(250))]
     return dict(zip(KINDS, (x, torch.cat(x_adv))))
@@ -234,7 +235,7 @@ def study(args, folder, device, data, results):
     (x, y), classes, side = data.test, len(data.classes), data.shape[-1]
     levels = dict(saturation=SATURATION, patches=[k for k in PATCHES if side % k == 0])
     if y.bincount(minlength=classes).min() < 2:
-        raise common.UserError('--test-size is too small: two images of each class at least')
+        raise common.UserError('too few test images (--test-size): two of each class at least')
     if len(levels['patches']) == 1:
         raise common.UserError(f'images {side} pixels wide cannot be cut into equal patches')
     layers = layers_of(args.arch, common.make_model(args.arch, classes, data.shape))
@@ -244,8 +245,7 @@ def study(args, folder, device, data, results):
     generator = common.make_generator('permuted')
     orders = [torch.randperm(len(y), generator=generator) for _ in range(PERMUTATIONS)]
     labels = torch.stack([y] + [y[order.to(y.device)] for order in orders])
-    x = common.to_float(x)
-    shared = x, labels, classes
+    shared = common.to_float(x), labels, classes
     for seed in args.seeds:
         for method in METHODS:
             trained = common.train(args, data, method, seed, device, keep=epochs)
@@ -258,9 +258,9 @@ def study(args, folder, device, data, results):
                 save(f'epoch{epoch}', lambda: measure_epoch(model, *shared, layers, args))
             save('noise_curve', lambda: noise_curve(model, *shared))
             save('distorted', lambda: measure_distortions(model, *shared, levels, args))
-    chosen = torch.stack([(y == k).nonzero()[0, 0] for k in range(min(classes, 3))])
+    shown = shared[0][[(y == k).nonzero()[0, 0].item() for k in range(min(classes, 3))]]
     results['images'] = {
-        name: np.stack([DISTORTIONS[name](x[chosen], k).cpu().numpy() for k in levels[name]])
+        name: np.stack([DISTORTIONS[name](shown, k).cpu().numpy() for k in levels[name]])
         for name in levels}
 
 # ------------------------------------------------------------------------------------ Reading
@@ -270,21 +270,19 @@ def through_training(run, results, kind, name):
     return np.stack([run[f'epoch{e}'][kind][name].mean(0) for e in results['epochs']])
 
 def survival(run, results, name):
-    """Of the images that the attack fools, the share that is read as its wrong class at each level,
-    natural and attacked: (2, levels, fooled), the seeds one after another."""
+    """Of the images that the attack fools, whether each is read as its wrong class at each level,
+    natural and attacked: (2, S, levels, N), NaN for those that it does not fool."""
     natural, after = (run['distorted'][kind][name]['predicted'] for kind in KINDS)
-    y = results['labels']
-    fooled = (natural[:, 0] == y) & (after[:, 0] != y)
-    return np.concatenate([[(p[:, f] == a[0, f]) for p in (n, a)]
-                           for n, a, f in zip(natural, after, fooled)], 2).astype(float)
+    fooled = (natural[:, 0] == results['labels']) & (after[:, 0] != results['labels'])
+    same = np.stack([predicted == after[:, :1] for predicted in (natural, after)])
+    return np.where(fooled[:, None], 1.0 * same, np.nan)
 
 def interval(terms):
     """95 % interval of the mean of terms (S, N) of an information. An image is a centre and a
-    neighbour of others, which doubles the error of independent ones; seeds add theirs."""
+    neighbour of others, which at most doubles its error; seeds add theirs."""
     image = 2 * terms.mean(0).std() / terms.shape[1] ** 0.5
     seed = terms.mean(1).std(ddof=1) / len(terms) ** 0.5 if len(terms) > 1 else 0.0
-    reach = 1.96 * math.hypot(image, seed)
-    return terms.mean() - reach, terms.mean() + reach
+    return tuple(terms.mean() + 1.96 * math.hypot(image, seed) * np.array([-1, 1]))
 
 def ceilings(results):
     """(log2 N, H(Y)) of the test images, bits."""
@@ -338,8 +336,8 @@ def figure_training(runs, results, folder):
     legend(fig, 4, {'images it trains on (AT: attacked)': dict(color='0.5')} | {
         f'{kind} test images': dict(color=KIND_COLOURS[kind][0]) | STYLES[kind] for kind in KINDS
     } | {'ceilings log2 N and H(Y)': DOTTED})
-    fig.suptitle('Layers under scaled noise, from before training (pale) to the last epoch (dark): '
-                 'label information\ngrows with depth in trained networks and falls under attack')
+    fig.suptitle('Layers under scaled noise, from before training (pale) to the last epoch (dark). '
+                 'Does label\ninformation grow with depth when trained, and fall under attack?')
     common.save_figure(fig, folder, 'fig1_training')
 
 def figure_planes(runs, results, folder):
@@ -398,8 +396,8 @@ def figure_distortions(runs, results, folder):
                 right = found['predicted'] == results['labels']
                 row[0].plot(at, 100 * right.mean((0, 2)), **style)
                 row[1].plot(at, info[:, Y] - info[:, NULL], **style)
-                if survives.size:
-                    row[2].plot(at, 100 * survives.mean(1), **style)
+                if np.isfinite(survives).any():
+                    row[2].plot(at, 100 * np.nanmean(survives, (0, 2)), **style)
         row[0].axhline(100 / len(results['classes']), **DOTTED)
         for axis, label in zip(row, labels):
             axis.set(title=name, ylabel=label, xlabel=f'level ({levels[0]}: as it was)')
@@ -458,16 +456,16 @@ def claims(results):
     y, last, ceiling = results['labels'], f'epoch{results["epochs"][-1]}', ceilings(results)[0]
     nt, at = (run[last] for run in runs.values())
     chance = [common.near_chance(kinds['natural']['correct'], y) for kinds in (nt, at)]
-    either = chance[0] or chance[1]
+    either = max(chance)
     terms = {(NAMES[m], kind): run['distorted'][kind]['terms'] for m, run in runs.items()
              for kind in KINDS}  # of the logits: (S, 3, 3, N)
     gain = (terms['NT', 'natural'] - terms['AT', 'natural'])[:, :, X].swapaxes(0, 1)
     label = {key: v[:, SCALED, Y] - v[:, SCALED, NULL] for key, v in terms.items()}
-    top = np.max([terms[name, 'natural'][:, :, X].mean((0, 2)) for name in ('NT', 'AT')], 0)
+    top = np.max([terms[k, 'natural'][:, :, X].mean(-1) for k in ('NT', 'AT')], (0, 1))
     full = ['at the ceiling log2 N' * bool(v > ceiling - MARGIN) for v in top]
-    null = {name: 'permuted labels tell as much' * bool(label[name, 'natural'].mean() < MARGIN)
-            for name in ('NT', 'AT')}
-    flipped = '' if nt['adversarial']['correct'].mean() <= FOOLED else 'the attack fails'
+    null = {k: 'permuted labels tell as much' * bool(v.mean(-1).min() < MARGIN)
+            for (k, kind), v in label.items() if kind == 'natural'}
+    flipped = '' if nt['adversarial']['correct'].mean(-1).max() <= FOOLED else 'the attack fails'
     rows = [  # of information: text, effect, why it says nothing, reference
         ('V2b AT extracts less from the image: I(T;X) of the logits, published noise, NT minus AT',
          gain[PUBLISHED], either or full[PUBLISHED], f'12.12 and 10.37 {SLIDES}'),
@@ -499,15 +497,15 @@ def trend_claim(runs, results, unless):
     """V1, over series of a network, layer, noise and quantity, whose interval is of such series."""
     rho, ceiling = [], ceilings(results)[0] - MARGIN
     for run in runs.values():
-        pair = [through_training(run, results, kind, 'info')[..., :NULL] for kind in KINDS]
-        free = np.max(pair, (0, 1))[..., [X, X]] < ceiling  # (layers, noises, quantities)
-        free &= np.min(np.ptp(pair, 1), 0) > MARGIN  # it moves
+        pair = [through_training(run, results, kind, 'info') for kind in KINDS]
+        pair = np.stack(pair) @ [[1, 0], [0, 1], [0, -1]]  # I(T;X), I(T;Y) less I(T;permuted Y)
+        free = (np.max(pair, (0, 1))[..., [X, X]] < ceiling) & (np.ptp(pair, 1).min(0) > MARGIN)
         ranks = [v[:, free].argsort(0).argsort(0).T for v in pair]
         rho += [np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks)]
     if len(results['epochs']) < TREND_EPOCHS or not rho:
-        unless = unless or f'nothing moves below its ceiling for {TREND_EPOCHS} epochs'
+        unless = unless or f'fewer than {TREND_EPOCHS} epochs, or nothing moves below its ceiling'
     return Claim('V1 information on natural and adversarial images moves alike: rank correlation '
-                 f'over epochs, mean of {len(rho)} series below the ceiling', SOURCE,
+                 f'over epochs, mean and interval of {len(rho)} series below the ceiling', SOURCE,
                  rho or [0.0], above=TREND, unless=unless)
 
 def resistance_claim(text, name, methods, runs, results, unless):
@@ -524,20 +522,22 @@ def resistance_claim(text, name, methods, runs, results, unless):
 
 def survival_claim(run, results, unless):
     """V4: by how much the attack raises the share that is read as its wrong class."""
-    raised = [np.subtract(*survival(run, results, name)[::-1])[1:].mean(0)
-              for name in ('patches', 'saturation')]
-    if len(raised[0]) < FEW:
-        unless = unless or f'the attack fools fewer than {FEW} images'
+    raised = [np.subtract(*survival(run, results, name)[::-1])[:, 1:].mean(1)
+              for name in ('patches', 'saturation')]  # (S, N)
+    effect = raised[0] - raised[1]
+    fooled, mean = np.isfinite(effect), np.nansum(effect) / max(np.isfinite(effect).sum(), 1)
+    terms = np.where(fooled, effect - mean, 0) / max(fooled.mean(), 1e-9) + mean
+    unless = unless or f'the attack fools fewer than {FEW} images' * bool(fooled.sum() < FEW)
     return Claim('V4 an attack puts in texture: NT reads its wrong class after patch-shuffle more '
-                 'often than after saturation, each above unattacked images', SOURCE,
-                 raised[0] - raised[1] if len(raised[0]) else [0.0], unless=unless)
+                 'often than after saturation, each above unattacked images', SOURCE, terms,
+                 unless=unless)
 
 def main(argv=None):
     parser = common.make_parser(__doc__, DEFAULTS, argv)
     parser.add_argument('--measured', type=int, metavar='N', help='epochs, at most')
     parser.add_argument('--test-steps', type=int, metavar='N', help='of PGD in tests')
     parser.add_argument('--test-step-size', type=common.number, metavar='X',
-                        help='of PGD in tests; 0: a quarter of eps')
+                        help='of PGD in tests, eps / steps at least; 0: a quarter of eps')
     args = common.parse(parser, argv)
     folder, device, data, results = common.start('mi_analysis', args)
     if 'finished' not in results:
