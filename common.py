@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -150,8 +151,8 @@ def parse(parser, argv=None):
     eps, step, most = args.eps, args.step_size, 1 if args.norm == 'linf' else 10
     whole = [v for v in (*vars(args).values(), *args.seeds) if isinstance(v, int)]
     for wrong, message in (
-            (0 in (args.epochs, args.batch_size, args.steps, args.lr, eps, step),
-             '--epochs, --batch-size, --steps, --lr, --eps and --step-size must be more than 0'),
+            (0 in (args.epochs, args.batch_size, args.steps, args.targets, args.lr, eps, step),
+             '--epochs, --batch-size, --steps, --targets, --lr, --eps, --step-size: above 0'),
             (min(whole) < 0, f'{min(whole)} is less than 0'),
             (eps > most, f'--eps {eps:g} is more than pixels can change; {eps:g}/255 is meant?'),
             (step > 2 * eps, f'--step-size {step:g} is larger than the ball of --eps {eps:g}'),
@@ -225,6 +226,7 @@ def start_log(folder=None):
     """Log to stdout and to log.txt in a folder, from the first process."""
     logging.raiseExceptions = False  # a full disk ends the run at the next save, in one line
     sys.stdout.reconfigure(errors='backslashreplace')  # names that an ASCII terminal lacks
+    warnings.filterwarnings('ignore', '(mean of empty|all-nan|invalid value)')  # nan: no such thing
     handlers = [logging.NullHandler() if RANK else logging.StreamHandler(sys.stdout)]
     if folder and RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -406,7 +408,7 @@ def load_folder(args):
     for found, n in ((train, args.train_size and args.train_size + 1000), (test, args.test_size)):
         files = [path for paths in found.values() for path in paths]
         y = torch.tensor([k for k, paths in enumerate(found.values()) for _ in paths])
-        keep = balanced_order(y)[: n or None].sort()[0]
+        keep = balanced_order(y)[: n or None]  # no class first: some measures take a few images
         chosen.append(([files[i] for i in keep], y[keep]))
     need = sum(len(y) for _, y in chosen) * 6 * size**2  # with a copy while subsets are made
     log.info('reading %s at %d pixels: %.2f GB', root, size, need / 1e9)
@@ -1174,13 +1176,19 @@ class Claim:
     unless: str = ''  # why nothing can be learnt here
     interval: tuple = None  # (low, high) of an effect that is no such mean
 
+def resample(statistic, *arrays, draws=1000):
+    """(value, low, high): 95 % percentile interval of statistic(*arrays) over seeds and images of
+    (S, N, ...), which are drawn alike for all arrays (images: for all of the same N)."""
+    rng, s, found = np.random.default_rng(0), len(arrays[0]), []
+    for _ in range(draws):
+        seeds = rng.integers(s, size=(s, 1))
+        images = {n: rng.integers(n, size=n) for n in sorted({a.shape[1] for a in arrays})}
+        found.append(statistic(*(a[seeds, images[a.shape[1]]] for a in arrays)))
+    return statistic(*arrays), *np.nanpercentile(found, (2.5, 97.5))
+
 def bootstrap(effect, draws=1000):
-    """(mean, low, high) of (N,) or (S, N): 95 % percentile interval over images and seeds."""
-    effect = np.atleast_2d(np.asarray(effect, float))
-    rng, (s, n) = np.random.default_rng(0), effect.shape
-    means = [effect[rng.integers(s, size=(s, 1)), rng.integers(n, size=n)].mean()
-             for _ in range(draws)]
-    return effect.mean(), *np.percentile(means, (2.5, 97.5))
+    """(mean, low, high) of (N,) or (S, N)."""
+    return resample(np.mean, np.atleast_2d(np.asarray(effect, float)), draws=draws)
 
 def judge(claims, results, folder):
     """Verdicts: supported (interval above the threshold), contradicted (below), inconclusive or

@@ -32,8 +32,8 @@ import common
 from common import COLOURS, Claim, make_generator
 
 # Outlines win more decisions the longer a network is trained: here 10 epochs, not 6.
-DEFAULTS = {'*': dict(ladder=[2 / 255, 4 / 255]),
-            'shapes': dict(epochs=10, test_size=1000, ladder=[4 / 255])}
+DEFAULTS = {'*': dict(ladder=[0.25, 0.5]),
+            'shapes': dict(epochs=10, test_size=1000, ladder=[0.5])}
 
 # Geirhos et al. 2019: sixteen categories and their ImageNet classes.
 SIXTEEN = {
@@ -79,16 +79,16 @@ NOISE = dict(bias=0.09, blank=0.15, kept=0.11, filters=0.08, outliers=0.07, conc
 # ------------------------------------------------------------------- Method: shape and texture
 
 def decide(logits, groups):
-    """Geirhos' decision: the category of largest mean probability over its classes. logits (N, K);
-    groups: class indices of each category. Returns categories (N,)."""
+    """Geirhos' decision: the category of largest mean probability over its classes; classes of no
+    category do not count. logits (N, K); groups: class indices of each. Returns categories (N,)."""
     p = logits.double().softmax(1)
     return torch.stack([p[:, group].mean(1) for group in groups], 1).argmax(1)
 
 def by_cue(decisions, shape, texture):
-    """Decided for the shape, decided for the texture: two arrays (..., N) of 0.0 and 1.0. Images
-    (N,) whose cues agree count for neither."""
+    """Decided for the shape, decided for the texture: two arrays (..., n) of 0.0 and 1.0 over the
+    images (n of N) whose cues differ."""
     conflict = shape != texture
-    return [((decisions == cue) & conflict).astype(float) for cue in (shape, texture)]
+    return [(decisions == cue)[..., conflict].astype(float) for cue in (shape, texture)]
 
 def shape_bias(by_shape, by_texture):
     """Share of the shape among the decisions for either cue; nan where there are none."""
@@ -150,14 +150,14 @@ VIEWS = {  # name: function of (x in [0, 1], level), levels and what they are
 DRAWN = {'flat fill': 'flat', 'silhouettes': 'mask', 'edges': 'edge'}  # `shapes` without texture
 
 def every_view(data):
-    """Yield (name, [images (N, C, H, W) of each level]) of the test images."""
+    """Yield (name, images (N, C, H, W) of each level, made one by one) of the test images."""
     x = common.to_float(data.test[0])
     for name, kind in DRAWN.items() if data.name == 'shapes' else ():
         drawn = common.make_shapes(len(x), 'test', x.shape[-1], kind=kind)[0]
         drawn = common.to_float(drawn).to(x.device).expand_as(x)
         yield name, [drawn] if kind == 'flat' else [1 - drawn, drawn]
     for name, (function, levels, _) in VIEWS.items():
-        yield name, [function(x, level) for level in levels]
+        yield name, (function(x, level) for level in levels)
 
 # -------------------------------------------------------------------- Method: inside a network
 
@@ -307,8 +307,8 @@ def load_network(path, arch):
         raise common.UserError(f'{path} is no {arch}, {len(wrong)} keys do not fit: '
                                + '; '.join(wrong[:5]))
     model.net.load_state_dict(state, strict=False)
-    if arch == 'googlenet':  # torchvision's own, bare and with aux heads, has other means inside
-        model.net.transform_input = 'aux1.fc1.weight' in content
+    if arch == 'googlenet':  # torchvision's own, a bare file, has other means inside
+        model.net.transform_input = 'conv1.conv.weight' in content
     return model.eval()
 
 # ---------------------------------------------------------------------- Experiment: this study
@@ -351,7 +351,7 @@ def train_arms(args, data, seed, device):
     """{arm: (network, history of its training)}; what train_at.py has trained is taken from it."""
     model = common.make_model(args.arch, len(data.classes), data.shape, seed).to(device).eval()
     arms = {'untrained': (model, [])}
-    for eps in (0, *sorted({*args.ladder, args.eps})):
+    for eps in (0, *sorted({share * args.eps for share in (*args.ladder, 1)})):
         name = common.eps_text(dict(norm=args.norm, eps=eps)) if eps else 'standard'
         own = dict(eps=eps, step_size=args.step_size * (eps / args.eps)) if eps else {}
         setting = argparse.Namespace(**vars(args) | own)
@@ -476,7 +476,7 @@ def derive(results):
             run['leaning'] = np.where(lean == 0, math.nan, np.heaviside(lean, 0))
         if 'views' in run:
             views = run['views']
-            blank = ('flat fill', 'silhouettes') if 'flat fill' in views else ('grey', 'saturated')
+            blank = ('flat fill', 'silhouettes') if 'flat fill' in views else ('saturated',)
             run['blank'] = np.concatenate([views[name] for name in blank], 1).mean(1)
             run['low'] = views['low-pass'][:, :3].mean(1)
             run |= {name: views[name].mean(1) for name in ('scrambled', 'contrast')}
@@ -485,18 +485,13 @@ def derive(results):
 def interval(statistic, *arrays, noise=0.0):
     """(value, low, high): 95 % bootstrap of a statistic of arrays (S, N) over seeds and images, the
     same in arrays of one width; at least noise / sqrt(S) to both sides."""
-    rng, widths, found = np.random.default_rng(0), sorted({a.shape[1] for a in arrays}), []
-    for _ in range(1000):
-        seeds = rng.integers(len(arrays[0]), size=(len(arrays[0]), 1))
-        columns = {n: rng.integers(n, size=n) for n in widths}
-        found.append(statistic(*(a[seeds, columns[a.shape[1]]] for a in arrays)))
-    value, (low, high) = statistic(*arrays), np.nanpercentile(found, (2.5, 97.5))
+    value, low, high = common.resample(statistic, *arrays)
     least = noise / len(arrays[0]) ** 0.5
     return value, min(low, value - least), max(high, value + least)
 
 def draw(results, folder):
     runs = derive(results)  # untrained is grey, S black
-    palette = dict(zip(runs, ('0.65', *COLOURS) if 'untrained' in runs else COLOURS))
+    palette = dict(zip(runs, ('0.65',) * ('untrained' in runs) + COLOURS * 9))
     for key, figure in (('shape', figure_bias), ('views', figure_views),
                         ('map_tv', figure_smooth), ('kind', figure_simplicity)):
         if key in runs['standard']:
@@ -597,7 +592,7 @@ ROWS = (  # key of NOISE, sign of R minus S, measures, statistic, claim, referen
     ('kept', 1, 'low natural', kept, 'R keeps more through low-pass filters (.1 to .3)', '-'),
     ('filters', -1, 'tv', np.nanmean, 'first filters of R are smoother: TV / L1', '-'),
     ('outliers', -1, 'outlier', np.nanmean, 'noise changes the TV of fewer channels of R', '-'),
-    ('concepts', 1, 'level', np.nanmean, 'R detects colour and texture, not outline', '-'),
+    ('concepts', 1, 'level', np.nanmean, 'R detects colour, texture, not outline, if probed', '-'),
     ('types', -1, 'joint', np.nanmean, 'channels of R like fewer types of inputs (random: 1)', '-'),
     ('leaning', 1, 'leaning', np.nanmean, 'more channels of R serve shape than texture', '-'))
 
@@ -617,7 +612,7 @@ def claims(results):
         value, *ends = interval(lambda sa, sn, ra, rn: min(  # accuracy of S: one image at least
             np.mean(ra) - GATE * max(np.mean(sa), 1 / sa.size), MARGIN - np.mean(sn) + np.mean(rn)),
             *arrays)
-        text = 'gate: PGD-20 and natural accuracy (S {:.3f}, {:.3f}, R {:.3f}, {:.3f})'
+        text = 'gate: PGD and natural accuracy (S {:.3f}, {:.3f}, R {:.3f}, {:.3f})'
         rows.append(Claim(text.format(*map(np.mean, arrays)), 'control', value, interval=ends,
                           unless=why))
         why = why or 'R fails the gate' * bool(value <= 0)
@@ -651,8 +646,8 @@ def claims(results):
 def check(args):
     """What argparse cannot see."""
     files = [args.weights, args.robust_weights]
-    if args.norm == 'linf' and max([0, *args.ladder]) > 1:
-        raise common.UserError('--ladder: more than a pixel can change; 4/255 is meant?')
+    if not all(0 < share <= 1 for share in args.ladder):
+        raise common.UserError('--ladder: shares of --eps, above 0 and at most 1')
     if any(files):
         small = re.fullmatch('small-cnn.*|lenet5|wrn.*|resnet18', args.arch)
         if not all([*files, args.cue_conflict_dir]) or small or len(args.seeds) > 1:
@@ -663,7 +658,8 @@ def check(args):
 def main(argv=None):
     parser = common.make_parser(__doc__, DEFAULTS, argv)
     add = parser.add_argument
-    add('--ladder', type=common.number, nargs='*', metavar='X', help='other eps to train R with')
+    add('--ladder', type=common.number, nargs='*', metavar='X',
+        help='train R with these shares of --eps, too')
     add('--cue-conflict-dir', metavar='DIR', help='stimuli <shape>/<shape>1-<texture>1.png')
     add('--weights', metavar='FILE', help='of the standard ImageNet network')
     add('--robust-weights', metavar='FILE', help='of the robust one; nothing is trained then')

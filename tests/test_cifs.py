@@ -170,15 +170,16 @@ def made_up(natural=0.9, best=0.5, last=0.4, final=0.5, epoch=2, over=0.5, mask=
                masks={'mask 1': dict(before=mask[0] + noise, after=mask[1] + noise)})
     correct = {name: rate(best) for name in names}
     return dict(correct=correct | dict(natural=rate(natural), final=rate(final)),
-                correct_last={name: rate(last) for name in names}, told=rate(natural),
-                detached=correct['apgd_ce'], masking={name: 0.0 for name in common.MASKING},
-                best_epoch=epoch, activations=act)
+                correct_last={name: rate(last) for name in names} | dict(natural=rate(natural)),
+                told=rate(natural), detached=correct['apgd_ce'], activations=act,
+                masking={name: 0.0 for name in common.MASKING}, best_epoch=epoch)
 
-def verdicts(**arms):
+def verdicts(told=1, **arms):
     runs = {arm: {f's{seed}': made_up(**rates) for seed in range(3)}
             for arm, rates in arms.items()}
     results, out = dict(config=dict(epochs=4), labels=CLASS, runs=runs), {}
-    for c in cifs.claims(results | dict(standard=dict(gap=np.full(N, 1.2)))):
+    for c in cifs.claims(results | dict(standard=dict(
+            gap=np.full(N, 1.2), told=np.full(N, told)))):
         value, low, high = (0, *c.interval) if c.interval else common.bootstrap(c.effect, 200)
         out[c.text.split()[0]] = c.unless or ('yes' if low > c.above else
                                               'no' if high < c.above else 'open')
@@ -200,6 +201,7 @@ def test_what_cannot_be_learnt_is_not_judged():
     assert found['V7'] in ('yes', 'no', 'open') and 'V8' not in found
     found = verdicts(vanilla={}, cifs=dict(natural=0.1))
     assert found['V6'] == found['V7'] == 'accuracy near chance' and found['V2'] == 'yes'
+    assert verdicts(told=0.1, vanilla={})['V1'] == 'accuracy near chance'
 
 # ------------------------------------------------------------------------------------ End to end
 

@@ -105,7 +105,7 @@ def test_renderer_jacobian_has_the_derivatives_that_are_known():
     found = dm.renderer_jacobian(params, 16).view(10, 3, 16, 16, -1)
     drawn, places, at = common.render_shapes(params, 16), {}, 0
     for name, value in params.items():
-        if value.is_floating_point():
+        if name not in ('outline', 'texture', 'texture_colour'):  # which are discrete
             places[name] = at
             at += value[0].numel()
     inside = (drawn['image'] > 0.02) & (drawn['image'] < 0.98)  # elsewhere pixels are clipped
@@ -204,7 +204,7 @@ def test_verdicts_on_training_and_wrong_labels(tmp_path):
         distance = np.array([2.0, middle, 2.0])[None, :, None] * np.ones((2, 3, 50))
         taught = {arm: np.arange(200)[None] % 10 < share * np.ones((2, 1))
                   for arm, share in (('off', off), ('free', whole))}
-        run = dict(training=dict(off=distance), labels=taught)
+        run = dict(training=dict(off=distance, accuracy=np.ones((2, 3))), labels=taught)
         return [verdict(c, tmp_path) for c in dm.training_claims(run, made)]
 
     assert found(0.5, 6, 6) == ['supported'] * 2
