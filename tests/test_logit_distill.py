@@ -179,10 +179,10 @@ def test_verdicts(tmp_path):
 
 def test_resampling_pairs_images_and_uses_seeds():
     a = np.random.default_rng(0).random((2, 200))
-    value, low, high = study.resample(lambda u, v: (u - v).mean(), a, a - 0.1)
+    value, low, high = common.resample(lambda u, v: (u - v).mean(), a, a - 0.1)
     assert low == pytest.approx(value) == pytest.approx(high) == pytest.approx(0.1)
     apart = np.stack((np.zeros(200), np.ones(200)))
-    assert study.resample(np.mean, apart)[1:] == (0.0, 1.0)
+    assert common.resample(np.mean, apart)[1:] == (0.0, 1.0)
 
 # --------------------------------------------------------------------------------- End to end
 
