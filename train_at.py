@@ -202,7 +202,7 @@ def claims(results):
     y = results['labels']
     right = {m: {k: 1.0 * v for k, v in run['correct'].items()} for m, run in runs.items()}
     why = {m: common.near_chance(right[m]['natural'], y) for m in runs}
-    full = {m: 'above 99 %' * bool(right[m]['natural'].mean() >= SATURATED) for m in runs}
+    full = {m: 'both above 99 %' * bool(right[m]['natural'].mean() >= SATURATED) for m in runs}
     rows = []
     if {'standard', 'pgd'} <= runs.keys():
         either = why['standard'] or why['pgd']
