@@ -10,6 +10,7 @@ Paper      Yan et al., CIFS: Improving adversarial robustness of CNNs via channe
 Usage      python cifs.py                                      shapes, minutes on a laptop
            python cifs.py --dataset svhn --epochs 100          ResNet-18, one GPU
            python cifs.py --arms vanilla cifs early --seeds 0 1 2
+
 Expect     shapes, one seed, natural / worst case about (%): vanilla 99 / 48, CAS 99 / 47, probes
            without masks 98 / 44, CIFS 88 / 36 (natural 99 if its masks are told the labels). CAS
            keeps 95 under PGD-20 on its final loss alone. The last epoch is the best, so that the
@@ -589,9 +590,7 @@ def table(results):
     for arm, seeds in results['runs'].items():
         for when, label in (('correct', 'best'), ('correct_last', 'last')):
             results['accuracy'][f'{arm}, {label}'] = {
-                name: dict(zip(('mean', 'low', 'high'), map(float, bootstrap(v))))
-                | dict(images=v.shape[1], seeds=v.shape[0])
-                for name, v in common.stack(seeds)[when].items()}
+                name: common.summary(v) for name, v in common.stack(seeds)[when].items()}
             for seed, run in seeds.items():
                 values = '  '.join(f'{k} {100 * v.mean():.1f}' for k, v in run[when].items())
                 common.log.info('%-16s %s %s  %s', ARM_NAMES[arm], seed, label, values)

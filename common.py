@@ -104,8 +104,8 @@ def make_parser(doc, defaults=None, argv=None):
     the data set that argv names: SETTINGS, then the script's {data set or '*': {flag: value}}."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = complain
-    first.add_argument('--dataset', default='shapes')
-    first.add_argument('--norm')
+    for flag, value in dict(dataset='shapes', norm='linf').items():
+        first.add_argument(f'--{flag}', default=value)
     known, own = first.parse_known_args(argv)[0], defaults or {}
     base = known.dataset.partition(':')[0]
     if base not in SETTINGS or (base == 'folder') != (':' in known.dataset):
@@ -149,15 +149,17 @@ def parse(parser, argv=None):
     args = parser.parse_args(argv)
     usual = parser.parse_args(['--dataset', args.dataset])
     eps, step, most = args.eps, args.step_size, 1 if args.norm == 'linf' else 10
-    whole = [v for v in (*vars(args).values(), *args.seeds) if isinstance(v, int)]
+    values = {f'--{k.replace("_", "-")}': v for k, v in vars(args).items()}
+    below = [k for k, v in values.items() if isinstance(v, int) and v < 0]
+    twice = [k for k, v in values.items() if isinstance(v, list) and len(set(v)) < len(v)]
     for wrong, message in (
             (0 in (args.epochs, args.batch_size, args.steps, args.targets, args.lr, eps, step),
              '--epochs, --batch-size, --steps, --targets, --lr, --eps, --step-size: above 0'),
-            (min(whole) < 0, f'{min(whole)} is less than 0'),
+            (below, f'{" ".join(below)} must not be less than 0'),
+            (twice, f'{" ".join(twice)} holds a value twice'),
             (eps > most, f'--eps {eps:g} is more than pixels can change; {eps:g}/255 is meant?'),
             (step > 2 * eps, f'--step-size {step:g} is larger than the ball of --eps {eps:g}'),
             (args.eps_warmup >= 1, '--eps-warmup is a share of the training, below 1'),
-            (len(set(args.seeds)) < len(args.seeds), '--seeds must differ from each other'),
             (args.image_size and not usual.image_size, '--image-size is for shapes and folders'),
             (args.batch_size % WORLD, f'--batch-size does not divide among {WORLD} processes'),
             (lr_factor(args.schedule, 0) is None, f'--schedule {args.schedule} is not known')):
@@ -840,7 +842,7 @@ def evaluation_attacks(args):
 def evaluate(model, data, attacks, correct, keep):
     """Fill correct[name], (N,) bool, for natural test images and each attack, and correct['worst'],
     with keep() after each. APGD-CE, APGD-T and Square face only what is left: their columns are
-    cumulative, as AutoAttack prints them. All other attacks face all images."""
+    cumulative, as AutoAttack prints them. All others face all images and belong before these."""
     x, y = data.test
     if 'apgd_t' in attacks and len(data.classes) < 4:
         log.info('  fewer than four classes: APGD-T takes the difference of logits, not the ratio')
@@ -850,7 +852,8 @@ def evaluate(model, data, attacks, correct, keep):
             rows = left if name in ('apgd_ce', 'apgd_t', 'square') else torch.ones_like(left)
             now = torch.zeros_like(left)
             now[rows] = correct_under(model, x[rows], y[rows], attack)
-            correct[name], correct['worst'] = now.cpu().numpy(), (left & now).cpu().numpy()
+            correct.pop('worst', None)  # to be the last one again
+            correct |= {name: now.cpu().numpy(), 'worst': (left & now).cpu().numpy()}
             keep()
             log.info('  %-8s %5.1f %%', ATTACK_NAMES.get(name, name), 100 * correct[name].mean())
         left = left & torch.from_numpy(correct[name]).to(left.device)
@@ -979,16 +982,15 @@ def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, e
     method: a key of METHODS, or any name with a loss_fn of the same signature; build(arch,
     classes, shape, seed) -> model; extra: what else changes the result, loss_fn, build and val_loss
     included, for JSON; keep: epochs whose weights are kept (0: the initial ones); labels: (N, ...),
-    what loss_fn gets as y. Every random draw of an epoch comes from (seed, epoch): continued equals
-    uninterrupted. Returns dict(best, last, kept: state_dicts; best_epoch: of the highest validation
-    accuracy under PGD-10 on val_loss (standard: natural), the later of equals; history: a row an
-    epoch; seconds, with validation).
+    what loss_fn gets as y. Draws of an epoch come from (seed, epoch): continued is uninterrupted.
+    Returns dict(best, last, kept: state_dicts; best_epoch: of the highest validation accuracy under
+    PGD-10 on val_loss (standard: natural), the later of equals; history: a row an epoch; seconds).
     """
     source = data if labels is None else replace(data, train=(data.train[0], labels))
     name, path = checkpoint_path(args, source, method, seed, extra, keep)
     state = {} if args.fresh or not path.exists() else read_checkpoint(path, 'history', 'last')
     if state.get('finished'):
-        log.info('%s: trained already', path)
+        log.info('%s: trained already; --fresh trains again', path)
         return state
     model = build(args.arch, len(data.classes), data.shape, seed).to(device)
     dtype = pick_precision(device, args.amp)
@@ -1190,6 +1192,11 @@ def bootstrap(effect, draws=1000):
     """(mean, low, high) of (N,) or (S, N)."""
     return resample(np.mean, np.atleast_2d(np.asarray(effect, float)), draws=draws)
 
+def summary(right):
+    """dict(mean, low, high, seeds, n) of an accuracy (S, N), for results.json."""
+    mean, low, high = map(float, bootstrap(right))
+    return dict(mean=mean, low=low, high=high, seeds=len(right), n=right.shape[1])
+
 def judge(claims, results, folder):
     """Verdicts: supported (interval above the threshold), contradicted (below), inconclusive or
     uninformative; printed, in claims.md and in results.json."""
@@ -1212,7 +1219,7 @@ def judge(claims, results, folder):
     results['claims'] = rows
     save_results(results, folder)
     seeds = text.partition('\n\n')[2]  # the note on one seed
-    log.info('%sfigures, claims and numbers are in %s', seeds, folder)
+    log.info('%sfigures, claims, numbers: %s; --fresh trains and measures again', seeds, folder)
 
 def near_chance(natural, y):
     """Why the accuracy of the worst seed says nothing, or ''. natural (S, N) right or not; labels y
@@ -1230,7 +1237,7 @@ def masking_claim(name, masking, unless=''):
     return Claim(text, 'control', least, unless=unless, interval=(least, least))
 
 COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-METHOD_COLOURS = dict(zip(METHODS, COLOURS))
+METHOD_COLOURS = dict(zip(METHODS, COLOURS * 2))
 STYLE = {'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.grid': True,
          'axes.spines.right': False, 'grid.alpha': 0.25, 'savefig.dpi': 150,
          'axes.prop_cycle': matplotlib.cycler(color=COLOURS)}

@@ -57,7 +57,7 @@ AT_DIMENSION, AT_EPS = 100, (0.01, 0.025, 0.05, 0.1)  # half-gaps
 HALF_GAP, REACH = 0.5, 2.0  # boundaries are looked for within +-REACH of the plane
 MARKS, SHOWN = 30, (0, 100, 200, 400, 1500)  # probes of a training; steps of figure 1
 
-# Thresholds of the claims, older than the choice of n = 30.
+# Thresholds of the claims, chosen before n = 30 was.
 CLING, SHEET, SHALLOW, ACROSS = 0.4, 0.95, 0.5, 0.9  # half-gaps, share, half-gaps, share
 DEEPER, AT_SHEET = 1.5, 0.9  # ratio of depths, share of normals that the boundary crosses once
 ANGLE, OFF_FREE, DIP, TEACHES = 75.0, 1.25, 0.2, 0.8  # degrees, ratio, share, share
@@ -319,7 +319,7 @@ def measure_images(args, data, model, encoder, seed, block=50):
     for rows in torch.arange(min(args.images, len(labels))).split(block):
         here = slice(rows[0], rows[-1] + 1)
         spaces = {'autoencoder': encoded_space(images[here], encoder)}
-        if args.dataset == 'shapes':
+        if data.name == 'shapes':
             params = common.make_shapes(len(labels), 'test', size)[2]
             params = {name: value[here].to(images.device) for name, value in params.items()}
             spaces['renderer'] = (common.render_shapes(params, size)['image'].flatten(1),
@@ -472,7 +472,7 @@ def draw_band(axis, x, values, **style):
 def figure_phases(points, folder):
     fig, axes = common.new_figure(2, 2, 9.5, 6, sharex=True)
     (right, distance), (height, share) = axes
-    for colour, (n, found) in zip(common.COLOURS[1:], points.items()):
+    for colour, (n, found) in zip(common.COLOURS[1:] * 2, points.items()):
         x, style = found['step'], dict(color=colour)
         draw_band(right, x, 100 * found['right'] / SIDE**2, label=f'n = {n}', **style)
         draw_band(distance, x, found['distance'], **style)
@@ -511,7 +511,7 @@ def figure_robust(arms, folder):
     common.save_figure(fig, folder, 'fig3_adversarial_training')
 
 def figure_norms(runs, folder):
-    spaces = dict(zip(runs['standard']['spaces'], ('#009E73', '#CC79A7')))
+    spaces = dict(zip(runs['standard']['spaces'], common.COLOURS[3:]))
     fig, axes = common.new_figure(2, len(spaces) + 1, 3.5 * len(spaces) + 3.8, 6.2)
     for line, (method, run) in zip(axes, runs.items()):
         for axis, (space, colour) in zip(line, spaces.items()):

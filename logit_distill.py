@@ -42,7 +42,7 @@ SCALE_IMAGES, SCALE_DRAWS = 500, 200  # training images that are attacked; draws
 SCALES = np.geomspace(1 / 16, 16, 41)
 GALLERY = 8  # images in a row
 
-# Thresholds of the claims, older than any run of this version.
+# Thresholds of the claims, chosen before the runs.
 NEAR_ONE, SHRUNK = 1.25, 0.5  # best scale of attacked logits: within this factor of 1, below that
 DISAGREE = 0.05  # of rank correlations
 GAIN = 0.05  # worst-case accuracy that M0 has to gain before it can lose any
@@ -311,7 +311,7 @@ def gallery(results, data, s):
 
 # ------------------------------------------------------------------------------------ Figures
 
-COLOURS = {'standard': '#0072B2', 'robust': '#D55E00'}
+COLOURS = {'standard': '#000000', 'robust': '#D55E00'}  # common.METHOD_COLOURS
 
 def draw(results, folder):
     for figure in (figure_logits, figure_theory, figure_confidence, figure_gallery,
@@ -392,7 +392,7 @@ def figure_students(results, folder):
     base = runs[compared]['worst'].astype(float)
     fig, ((left, right),) = common.new_figure(1, 2, 8.5, 1.2 + 0.36 * len(runs), sharey=True)
     for i, (name, correct) in enumerate(runs.items()):
-        colour = COLOURS.get(name, '#000000')
+        colour = COLOURS.get(name, '#0072B2')
         left.plot(100 * correct['natural'].mean(), i, 'o', mfc='none', color=colour)
         for axis, values in ((left, correct['worst']), (right, correct['worst'] - base)):
             mean, low, high = 100 * np.array(bootstrap(values))
@@ -509,7 +509,7 @@ def table(results):
     for name, arm in results['runs'].items():
         run = common.stack(arm)
         found = results['accuracy'][name] = {
-            k: dict(zip(('mean', 'low', 'high'), bootstrap(v))) for k, v in run['correct'].items()}
+            k: common.summary(v) for k, v in run['correct'].items()}
         common.log.info('%-10s' + '  %s %.1f' * len(found), name, *(
             v for k in found for v in (ATTACK_NAMES.get(k, k), 100 * found[k]['mean'])))
         if 'target' in run:
@@ -527,9 +527,8 @@ def main(argv=None):
     add('--judged', type=common.number, metavar='X', help='share of --eps in attacks on students')
     add('--suite', choices=('full', 'short'), help='short: without APGD and Square')
     args = common.parse(parser, argv)
-    args.students = list(dict.fromkeys(args.students))
     if not (args.temperature and args.distil_epochs):
-        parser.error('--temperature and --distil-epochs must be more than 0')
+        parser.error('--temperature and --distil-epochs must be above 0')
     if not 0 < args.judged <= 1:
         parser.error('--judged is a share of --eps, above 0 and at most 1')
     folder, device, data, results = common.start('logit_distill', args)

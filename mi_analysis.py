@@ -163,8 +163,8 @@ def information(t, labels, classes, layer='logits'):
 # --------------------------------------------------------------------------------- Experiment
 
 def layers_of(arch, model):
-    """{stage: name in model.net} of what is measured: the last convolution or linear layer of each
-    of the last seven stages, or WIDE."""
+    """{stage: name in model.net} of what is measured, the logits last: the last convolution or
+    linear layer of each of the last seven stages, or WIDE."""
     found = {name.split('.')[0]: name for name, module in model.net.named_modules()
              if isinstance(module, (nn.Conv2d, nn.Linear))}
     return WIDE if arch.startswith('wrn-') else dict(list(found.items())[-len(COLOURS):])
@@ -383,7 +383,7 @@ def figure_entropy(runs, results, folder):
     common.save_figure(fig, folder, 'fig3_entropy')
 
 def figure_distortions(runs, results, folder):
-    fig, axes = common.new_figure(2, 3, 10, 5.8)
+    fig, axes = common.new_figure(len(results['levels']), 3, 10, 2.9 * len(results['levels']))
     labels = ('accuracy (%)', 'I(T;Y) of the logits less\nthat of permuted labels (bits)',
               'images that the attack fools:\nread as its wrong class (%)')
     for (name, levels), row in zip(results['levels'].items(), axes):
@@ -474,7 +474,7 @@ def claims(results):
         ('V2d AT knows less of the label: I(T;Y) of the logits less that of permuted labels, '
          'scaled noise, NT minus AT', label['NT', 'natural'] - label['AT', 'natural'],
          either or null['NT'], f'3.31 and 2.60 under published noise {SLIDES}'),
-        ('V2d and on adversarial images still less: AT, natural minus adversarial',
+        ('V2e and on adversarial images still less: AT, natural minus adversarial',
          label['AT', 'natural'] - label['AT', 'adversarial'], chance[1] or null['AT'],
          f'2.60 and 2.29 under published noise {SLIDES}'),
         (f'V5 label information stays although predictions flip: NT, adversarial minus {STAYS} of '

@@ -49,8 +49,8 @@ SIXTEEN = {
     'truck': [555, 569, 656, 675, 717, 734, 864, 867]}
 ALIASES = {'automobile': 'car', 'ship': 'boat'}  # CIFAR-10's and STL-10's names
 
-# Start of --arch: modules whose outputs are looked at. The authors take a ResNet's conv1 before
-# batch norm and ReLU, AlexNet's layers after ReLU.
+# Start of --arch, which is one of common.ARCHS: modules whose outputs are looked at. The authors
+# take a ResNet's conv1 before batch norm and ReLU, AlexNet's layers after ReLU.
 STAGES = {
     'small-cnn': 'stem stage1 stage2 stage3', 'lenet5': 'relu1 relu2',
     'resnet': 'conv1 layer1 layer2 layer3 layer4', 'wrn': 'conv1 block1 block2 block3',
@@ -67,14 +67,14 @@ NATURAL, MASK_SIZE = 128, 56  # images of other data that are dissected; pixels 
 ABLATED = 256, 8  # images at most; channels of a stage at 224 pixels, or it takes hours
 BANDS = [k / 10 for k in range(1, 10)]  # 1 is the Nyquist frequency
 
-# Thresholds, older than any run of this version.
+# Thresholds of the claims, chosen before the runs.
 GATE, MARGIN = 3.0, 0.20  # robust accuracy of R over that of S; natural accuracy that R may lose
 COVERAGE, DECISIONS = 0.5, 50  # share and number of conflicts decided for either cue
 UNITS, NO_SIGNAL = 20, 0.05  # channels that matter alone; a smaller share or effect is chance
-# How far two trainings that differ in the seed alone came apart at most (version 1, six networks of
-# 6 epochs; concepts: twice one kind). Less is inconclusive; of n seeds, less than 1/sqrt(n) of it.
+# How far trainings that differ in the seed alone came apart (six of 6 epochs, before the runs; for
+# leaning three of the runs). Less is inconclusive; of n seeds, less than 1/sqrt(n) of it.
 NOISE = dict(bias=0.09, blank=0.15, kept=0.11, filters=0.08, outliers=0.07, concepts=0.12,
-             types=0.05, leaning=0.32)
+             types=0.05, leaning=0.7)
 
 # ------------------------------------------------------------------- Method: shape and texture
 
@@ -104,6 +104,8 @@ def read_stimuli(folder, categories, size, cues):
     """Images <category><n>.png or, for two cues, <category><n>-<category><n>.png: (uint8
     (N, 3, S, S), categories (N, cues)). Other and unreadable files are skipped and counted."""
     pattern = re.compile('-'.join(['([a-z _-]*[a-z])[0-9]+'] * cues))
+    if not folder.is_dir():
+        raise common.UserError(f'--cue-conflict-dir: there is no folder {folder}')
     images, labels, skipped, known = [], [], 0, list(categories)
     for path in sorted(path for path in folder.rglob('*') if path.is_file()):
         match = pattern.fullmatch(path.stem.lower())

@@ -111,7 +111,7 @@ def figure_training(results, folder):
                 values = [100 * row[key] for row in run['history']]
                 axis.plot(epochs, values, style, color=colour)
             axis.axvline(run['best_epoch'], color='0.5', lw=1, ls=':')
-        axis.set(title=METHOD_NAMES[method], xlabel='epoch', ylim=(-3, 103))
+        axis.set(title=METHOD_NAMES.get(method, method), xlabel='epoch', ylim=(-3, 103))
     axes[0, 0].set_ylabel('accuracy (%)')
     for _, colour, style, label in (*lines, (0, '0.5', ':', 'checkpoint that is evaluated')):
         axes[0, 0].plot([], [], style, color=colour, label=label)
@@ -126,8 +126,9 @@ def figure_attacks(runs, results, folder):
     for i, (method, run) in enumerate(runs.items()):
         mean, low, high = 100 * np.array([bootstrap(run['correct'][name]) for name in names]).T
         at = np.arange(len(names)) + (i - (len(runs) - 1) / 2) * width
-        axis.bar(at, mean, 0.92 * width, color=METHOD_COLOURS[method], label=METHOD_NAMES[method],
-                 yerr=[mean - low, high - mean], error_kw=dict(lw=0.8, ecolor='0.4'))
+        axis.bar(at, mean, 0.92 * width, color=METHOD_COLOURS.get(method),
+                 label=METHOD_NAMES.get(method, method), yerr=[mean - low, high - mean],
+                 error_kw=dict(lw=0.8, ecolor='0.4'))
         for a, value, top in zip(at, mean, high):
             axis.text(a, top + 1.5, f'{value:.0f}', ha='center', fontsize=6)
     axis.set(xticks=range(len(names)), xticklabels=[ATTACK_NAMES.get(k, k) for k in names],
@@ -146,7 +147,7 @@ def figure_eps(runs, results, folder):
     axis = axes[0, 0]
     for method, run in runs.items():
         axis.plot(unit * eps, 100 * run['eps_curve'].mean(0), marker='o', ms=3.5,
-                  color=METHOD_COLOURS[method], label=METHOD_NAMES[method])
+                  color=METHOD_COLOURS.get(method), label=METHOD_NAMES.get(method, method))
     axis.axvline(unit * config['eps'], color='0.6', ls=':', lw=1, label='eps of the training')
     axis.axhline(100 / len(results['classes']), color='0.6', ls='--', lw=1, label='chance')
     axis.set(xlabel=f'eps of the attack ({"1/255" if unit == 255 else config["norm"]})',
@@ -164,7 +165,7 @@ def figure_gallery(results, folder):
             common.show_image(row[0], g['image'][i], names[g['label'][i]])
             gradient, delta = g['gradient'][i], g['perturbation'][i]
             common.show_image(row[1 + 2 * j], 0.5 + gradient / (6 * gradient.std() + 1e-12),
-                              f'{METHOD_NAMES[method]}\ngradient' * (i == 0))
+                              f'{METHOD_NAMES.get(method, method)}\ngradient' * (i == 0))
             common.show_image(row[2 + 2 * j], 0.5 + delta / (2 * abs(delta).max() + 1e-12))
             wrong = g['guess'][i] != g['label'][i]
             row[2 + 2 * j].set_title('perturbation\n' * (i == 0) + f'-> {names[g["guess"][i]]}',
@@ -184,10 +185,10 @@ def figure_classes(runs, results, folder):
         natural, worst = (
             100 * np.array([runs[method]['correct'][name][:, y == k].mean() for k in shown])
             for name in ('natural', 'worst'))
-        colour = METHOD_COLOURS[method]
+        colour = METHOD_COLOURS.get(method)
         axes[0, 0].vlines(at, worst, natural, color=colour, alpha=0.35, lw=1)
         axes[0, 0].plot(at, natural, 'o', ms=4, mfc='none', color=colour)
-        axes[0, 0].plot(at, worst, 'o', ms=4, color=colour, label=METHOD_NAMES[method])
+        axes[0, 0].plot(at, worst, 'o', ms=4, color=colour, label=METHOD_NAMES.get(method, method))
     axes[0, 0].set(xticks=range(len(shown)), ylabel='test accuracy (%)', ylim=(-3, 103),
                    title='Classes: natural (open circles) and worst-case accuracy (full)')
     axes[0, 0].set_xticklabels([names[k] for k in shown], rotation=30, ha='right')
@@ -242,7 +243,7 @@ def claims(results):
                        unless=unless or (full['pgd'] and full['trades'])),
                  Claim('TRADES (beta 6) has more worst-case accuracy: TRADES minus PGD-AT',
                        'Zhang et al. 2019', gap['worst'], unless=unless)]
-    return rows + [common.masking_claim(METHOD_NAMES[m], run['masking'], why[m])
+    return rows + [common.masking_claim(METHOD_NAMES.get(m, m), run['masking'], why[m])
                    for m, run in runs.items() if m != 'standard']  # 0 % hides nothing
 
 def class_claim(worst, y, classes, why):
@@ -265,23 +266,20 @@ def class_claim(worst, y, classes, why):
                  interval=tuple(np.percentile(gaps, (2.5, 97.5))))
 
 def table(results):
-    """Accuracy of every method under every attack, with its interval: for the log and results.json
-    (judge saves)."""
+    """Accuracy of every method under every attack, for the log and results.json (judge saves)."""
     results['accuracy'] = {}
     for method, arm in results['runs'].items():
-        correct, cells = common.stack(arm)['correct'], {}
-        for name, right in correct.items():
-            mean, low, high = map(float, bootstrap(right))
-            cells[name] = dict(mean=mean, low=low, high=high, seeds=len(right), n=right.shape[1])
-        results['accuracy'][method] = cells
-        text = ''.join(f'  {ATTACK_NAMES.get(k, k)} {100 * cell["mean"]:.1f}'
-                       for k, cell in cells.items() if k != 'worst')  # it is the last one
+        correct, name = common.stack(arm)['correct'], METHOD_NAMES.get(method, method)
+        results['accuracy'][method] = {k: common.summary(right) for k, right in correct.items()}
+        text = ''.join(f'  {ATTACK_NAMES.get(k, k)} {100 * right.mean():.1f}'
+                       for k, right in correct.items())
         minutes = sum(run['seconds'] for run in arm.values()) / 60
-        common.log.info('%-9s%s  (%.1f min)', METHOD_NAMES[method], text, minutes)
+        common.log.info('%-9s%s  (%.1f min)', name, text, minutes)
 
 def main(argv=None):
     parser = common.make_parser(__doc__, DEFAULTS, argv)
-    parser.add_argument('--methods', nargs='+', choices=common.METHODS, help='trainings')
+    parser.add_argument('--methods', nargs='+', choices=common.METHODS, metavar='METHOD',
+                        help=', '.join(common.METHODS))
     parser.add_argument('--apgd-steps', type=int, metavar='N', help='of APGD')
     parser.add_argument('--targets', type=int, metavar='N', help='of APGD-T')
     parser.add_argument('--square-queries', type=int, metavar='N', help='of Square')
