@@ -187,7 +187,7 @@ def verdicts(results, tmp_path):
     return [row['verdict'] for row in results['claims']]
 
 def test_verdicts_true_and_false(tmp_path):
-    results = made_up()
+    results = made_up(0.1, 0.9)
     assert verdicts(results, tmp_path) == 12 * ['supported']
     s, r = (run['s0'] for run in results['runs'].values())
     for name in s.keys() - {'natural', 'attacked'}:
