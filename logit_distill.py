@@ -13,7 +13,7 @@ Usage      python logit_distill.py                              shapes, minutes 
 Expect     shapes, two seeds, 500 images at 4/255: worst case 8 % of the standard network, 88 % of
            the robust one; students M0 34, M8 24, M4 22, M12 19, M7 15, M17 8 %; all ten claims
            hold; 4 minutes. There a student starts from the standard network (warm): what is asked
-           is what clean images add to that. On other data it starts anew (cold)
+           is what clean images add to that. On other data it starts anew (cold).
 """
 import argparse
 import math
