@@ -259,7 +259,7 @@ def start(study, args, load=None):
     results = dict(config=json.loads(json.dumps(config)), data=[data.digest, data.test_digest],
                    classes=data.classes, labels=data.test[1].cpu().numpy())  # of the test images
     found = {} if args.fresh else load_results(folder)
-    if found and any(found[k] != results[k] for k in ('config', 'data')):
+    if found and any(found.get(k) != results[k] for k in ('config', 'data')):
         log.info('images, labels or flags are not those of the last run: measuring afresh')
         found = {}
     return folder, device, data, results | found
@@ -982,7 +982,7 @@ def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, e
     method: a key of METHODS, or any name with a loss_fn of the same signature; build(arch,
     classes, shape, seed) -> model; extra: what else changes the result, loss_fn, build and val_loss
     included, for JSON; keep: epochs whose weights are kept (0: the initial ones); labels: (N, ...),
-    what loss_fn gets as y. Draws of an epoch come from (seed, epoch): continued is uninterrupted.
+    what loss_fn gets as y. An epoch's draws come from (seed, epoch): continued equals unbroken.
     Returns dict(best, last, kept: state_dicts; best_epoch: of the highest validation accuracy under
     PGD-10 on val_loss (standard: natural), the later of equals; history: a row an epoch; seconds).
     """
@@ -1057,7 +1057,7 @@ def train_epoch(net, optimizer, scaler, dtype, data, args, seed, epoch, loss_fn)
             loss = loss_fn(net, x, y, threat, generator)
         fine = loss.detach().isfinite()
         optimizer.zero_grad()
-        scaler.scale(loss * torch.where(fine, 1.0, math.nan)).backward()  # nan: none steps
+        scaler.scale(loss * torch.where(fine, 1.0, math.nan)).backward()  # nan: no process steps
         scaler.step(optimizer)  # unless a gradient is not finite
         scaler.update(None if dtype == torch.float16 else 1.0)
         for b, old in zip(net.buffers(), before):  # batch norm forgets what overflowed
