@@ -84,11 +84,13 @@ def frame_of(t, chunk=1024):
 def squared_distances(a, b, frame, chunk=1024):
     """|a_i - b_j|^2 of rows, float64 (A, B), 0 for equal ones; inf on the diagonal if a is b."""
     (dtype, close), (centre, unit) = PRODUCTS[a.device.type], frame
-    s, norms = torch.zeros(2, len(a), len(b), dtype=torch.float64, device=a.device)
+    s = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    rows = columns = 0.0
     for k in range(0, a.shape[1], chunk):
         u, v = ((r[:, k : k + chunk] - centre[k : k + chunk]).div_(unit) for r in (a, b))  # float64
-        norms += u.square().sum(1)[:, None] + v.square().sum(1)
-        s -= 2 * (u.to(dtype) @ v.to(dtype).T)
+        rows, columns = rows + u.square().sum(1), columns + v.square().sum(1)
+        s.sub_(u.to(dtype) @ v.to(dtype).T, alpha=2)
+    norms = rows[:, None] + columns
     s += norms
     if a is b:
         s.fill_diagonal_(math.inf)
@@ -129,10 +131,9 @@ def bin_terms(t, labels, classes, chunk=1024):
     """The same of the cells floor(t / BIN_WIDTH), without noise: x (N,), y (P, N). Rows of cells
     are told apart by 64-bit sums with random factors."""
     n, keys = len(t), torch.zeros(len(t), dtype=torch.int64, device=t.device)
-    generator = common.make_generator('cells', device=t.device)
+    draw = dict(generator=common.make_generator('cells', device=t.device), device=t.device)
     for part in t.split(chunk, 1):
-        factors = torch.randint(-2**63, 2**63 - 1, part.shape[1:], generator=generator,
-                                device=t.device)
+        factors = torch.randint(-2**63, 2**63 - 1, part.shape[1:], **draw)
         cells = (part.double() / BIN_WIDTH).floor_().fmod_(2**53 - 111)  # prime, fits int64
         keys += (cells.long() * factors).sum(1)
     cell = keys.unique(return_inverse=True)[1]
@@ -152,13 +153,12 @@ def information(t, labels, classes, layer='logits'):
     if not math.isfinite(frame[1]):
         raise common.UserError(f'the outputs of layer {layer} hold NaN or infinity')
     some = t[torch.randperm(len(t), generator=common.make_generator('some'))[:SOME].to(t.device)]
-    pairs = squared_distances(some, some, frame)
-    pairs = pairs[pairs < math.inf]
+    pairs = torch.pdist(some.double()).square()
     scaled = SHARE * (pairs.median().item() or pairs.mean().item() or 1.0)
     (x, v), (y, w) = (r[:, 0] for r in kde_terms(t, labels, classes, (scaled, VARIANCE), frame))
     kinds = (x, y), (v, w), bin_terms(t, labels, classes)
-    terms = [torch.stack((a, b[0], b[1:].mean(0))) for a, b in kinds]
-    return torch.stack(terms).cpu().numpy(), scaled
+    terms = torch.stack([torch.stack((a, b[0], b[1:].mean(0))) for a, b in kinds])
+    return terms.cpu().numpy(), scaled
 
 # --------------------------------------------------------------------------------- Experiment
 
