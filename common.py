@@ -70,9 +70,10 @@ class UserError(Exception):
     """A mistake of the user's: one line on stderr, exit code 2."""
 
 def complain(message):
-    """One line on stderr, from one of the processes, and exit code 2."""
-    if RANK == 0:
-        print(f'error: {message}', file=sys.stderr)
+    """One line on stderr and exit code 2."""
+    if RANK:
+        time.sleep(3)  # where all fail alike, the first one tells and torchrun ends the others
+    print(f'error: {message}', file=sys.stderr)
     sys.exit(2)
 
 def entry(main):
