@@ -18,10 +18,10 @@ mode), the same distinct images for all (theirs: drawn anew, with repetitions), 
 epoch (theirs: before, never at the end), up to 1000 images held out, PyTorch's initial weights,
 global pooling (STL-10), distortions with the training's eps, upper bounds for the logits alone.
 
-Expect     On shapes, in 210 CPU seconds: under published noise and in bins trained layers are at
+Expect     On shapes, three seeds: under published noise and in bins trained layers are at
            the ceilings, with permuted labels, too; under scaled noise I(T;Y) grows from 0.4 bits in
-           the stem, as of permuted labels, to 2.7 (NT) and 2.5 (AT) in the logits. An attack leaves
-           0.9 and 1.6, and as much I(T;X) as before; V4 and V5 are contradicted. An attack knows
+           the stem, as of permuted labels, to 2.7 (NT) and 2.4 (AT) in the logits. An attack leaves
+           0.8 and 1.6, and as much I(T;X) as before; V4 and V5 are contradicted. An attack knows
            the label: into the logits of an untrained network it writes 2.6 bits of it.
 """
 import math
