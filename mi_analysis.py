@@ -21,7 +21,7 @@ global pooling (STL-10), distortions with the training's eps, upper bounds for t
 Expect     On shapes, three seeds: under published noise and in bins trained layers are at
            the ceilings, with permuted labels, too; under scaled noise I(T;Y) grows from 0.4 bits in
            the stem, as of permuted labels, to 2.7 (NT) and 2.4 (AT) in the logits. An attack leaves
-           0.8 and 1.6, and as much I(T;X) as before; V4 and V5 are contradicted. An attack knows
+           0.8 and 1.6, and nearly as much I(T;X); V4 and V5 are contradicted. An attack knows
            the label: into the logits of an untrained network it writes 2.6 bits of it.
 """
 import math
