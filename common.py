@@ -3,8 +3,7 @@ set-up, processes, data, networks, attacks, training, results, shapes (the embed
 
 Images are float (N, C, H, W) in [0, 1], stored as uint8; labels int64 (N,). A network maps images
 to logits (N, K), or to a tuple whose first entry they are, and normalises its input itself. eps
-and step sizes are in units of the pixel range: 8/255 is 0.03137.
-"""
+and step sizes are in units of the pixel range: 8/255 is 0.03137."""
 import argparse
 import hashlib
 import io
@@ -33,6 +32,7 @@ import torchvision
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, STL10, SVHN, FashionMNIST
 from tqdm import tqdm
 
 log = logging.getLogger('advcnn')
@@ -55,9 +55,7 @@ SETTINGS = {
                   step_size='0.01', eps_warmup=0.4, pad=0),
     'fashion-mnist': dict(arch='small-cnn', epochs=30, lr=0.05, schedule='onecycle', eps='0.1',
                           step_size='0.02', eps_warmup=0.4, pad=2),
-    'cifar10': {},
-    'cifar100': {},
-    'svhn': dict(lr=0.01, step_size='1/255', eps_warmup=0.05),
+    'cifar10': {}, 'cifar100': {}, 'svhn': dict(lr=0.01, step_size='1/255', eps_warmup=0.05),
     'stl10': dict(epochs=100, eps='4/255', step_size='1/255'),
     'folder': dict(arch='resnet50', epochs=90, batch_size=256, weight_decay=1e-4, eps='4/255',
                    step_size='1/255', image_size=224, pad=None)}  # pad: an eighth
@@ -208,15 +206,15 @@ def digest(*parts):
     return hashlib.sha256(b''.join(text)).hexdigest()[:10]
 
 def save(path, content):
-    """Write text, bytes or what torch.save takes, from the first process. A killed process or a
+    """Write text, bytes or what content(file) writes, from the first process. A killed process or a
     full disk (OSError) leaves the old file whole."""
     if RANK:
         return
     buffer = io.BytesIO()  # torch.save itself would not say that the disk is full
-    if isinstance(content, (str, bytes)):
-        buffer.write(content.encode() if isinstance(content, str) else content)
+    if callable(content):
+        content(buffer)
     else:
-        torch.save(content, buffer)
+        buffer.write(content.encode() if isinstance(content, str) else content)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix('.tmp')
     try:
@@ -229,10 +227,9 @@ def start_log(folder=None):
     """Log to stdout and to log.txt in a folder, from the first process."""
     logging.raiseExceptions = False  # a full disk ends the run at the next save, in one line
     sys.stdout.reconfigure(errors='backslashreplace')  # names that an ASCII terminal lacks
-    warnings.filterwarnings('ignore', '(mean of empty|all-nan|invalid value)')  # nan: no such thing
+    warnings.filterwarnings('ignore', '(mean of empty|all-nan|invalid value|.broadcast_b)')
     handlers = [logging.NullHandler() if RANK else logging.StreamHandler(sys.stdout)]
     if folder and RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(folder / 'log.txt', encoding='utf-8'))
     logging.basicConfig(format='%(message)s', handlers=handlers, force=True)
     log.setLevel(logging.INFO)
@@ -252,10 +249,10 @@ def start(study, args, load=None):
     config = {k: v for k, v in vars(args).items() if k not in (*WHERE, 'changed')}
     name = re.sub(r'[^\w.-]+', '_', f'{args.dataset}-{args.arch}')
     folder = Path(args.out, study, name + f'-{digest(config)}' * args.changed)
+    save(folder / 'config.json', json.dumps(config, indent=1))
     start_log(folder)
     log.info('%s: %s, %s, training in %s -> %s', study, eps_text(config), device,
              pick_precision(device, args.amp), folder)
-    save(folder / 'config.json', json.dumps(config, indent=1))
     data = (load or load_data)(args, device)
     results = dict(config=json.loads(json.dumps(config)), data=[data.digest, data.test_digest],
                    classes=data.classes, labels=data.test[1].cpu().numpy())  # of the test images
@@ -283,16 +280,7 @@ def spread(model, device):
         return model
     if device.type == 'cuda':  # on CPUs each process normalises its own part of a batch
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    ids = [device.index] if device.type == 'cuda' else None
-    return nn.parallel.DistributedDataParallel(model, ids, broadcast_buffers=False)
-
-def gather(own):
-    """The sum of a tensor over all processes."""
-    if WORLD == 1:
-        return own
-    total = own.double()
-    dist.all_reduce(total)
-    return total.to(own.dtype)
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 # --------------------------------------------------------------------------------------- Data
 
@@ -360,12 +348,9 @@ def split_off(y, classes, n):
     return order[~out].sort()[0], order[out].sort()[0]
 
 TORCHVISION = {  # class and what is there when the data are
-    'mnist': (torchvision.datasets.MNIST, 'MNIST/raw'),
-    'fashion-mnist': (torchvision.datasets.FashionMNIST, 'FashionMNIST/raw'),
-    'cifar10': (torchvision.datasets.CIFAR10, 'cifar-10-batches-py'),
-    'cifar100': (torchvision.datasets.CIFAR100, 'cifar-100-python'),
-    'svhn': (torchvision.datasets.SVHN, 'test_32x32.mat'),
-    'stl10': (torchvision.datasets.STL10, 'stl10_binary')}
+    'mnist': (MNIST, 'MNIST/raw'), 'fashion-mnist': (FashionMNIST, 'FashionMNIST/raw'),
+    'cifar10': (CIFAR10, 'cifar-10-batches-py'), 'cifar100': (CIFAR100, 'cifar-100-python'),
+    'svhn': (SVHN, 'test_32x32.mat'), 'stl10': (STL10, 'stl10_binary')}
 
 def load_torchvision(args):
     """The same of a data set of torchvision, downloaded if absent."""
@@ -415,7 +400,8 @@ def load_folder(args):
         chosen.append(([files[i] for i in keep], y[keep]))
     need = sum(len(y) for _, y in chosen) * 6 * size**2  # with a copy while subsets are made
     log.info('reading %s at %d pixels: %.2f GB', root, size, need / 1e9)
-    free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if os.name == 'posix' else 0
+    known = 'SC_AVPHYS_PAGES' in getattr(os, 'sysconf_names', ())  # Linux
+    free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if known else 0
     if need > free > 0:
         raise UserError(f'{need / 1e9:.1f} GB of images, {free / 1e9:.1f} GB of free memory: a '
                         'smaller --train-size, --test-size or --image-size needs less')
@@ -430,10 +416,9 @@ def list_images(folder):
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.is_dir() and not path.name.startswith(hidden):
             name = os.fsencode(path.name).decode(errors='replace')  # in any locale
-            found[name] = [
-                p for p in sorted(path.rglob('*'))
-                if p.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS
-                and not any(part.startswith(hidden) for part in p.relative_to(path).parts)]
+            found[name] = [p for p in sorted(path.rglob('*'))
+                           if torchvision.datasets.folder.is_image_file(p.name)
+                           and not any(k.startswith(hidden) for k in p.relative_to(path).parts)]
     return found if any(found.values()) else {}
 
 def read_image(path, size):
@@ -441,13 +426,11 @@ def read_image(path, size):
     transparency put on white. UserError for what cannot be read rightly."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith('I'):
+        if image.mode[0] in 'IF':  # integers of 16 or 32 bits, floating-point numbers
             levels = np.asarray(image) / 257
+            if image.mode == 'F' or levels.min() < 0 or levels.max() > 255:
+                raise ValueError('the range of its pixels is not known')
             image = Image.fromarray(levels.round().astype(np.uint8))
-            if levels.min() < 0 or levels.max() > 255:
-                raise ValueError('more than 16 bits')
-        if image.mode == 'F':
-            raise ValueError('pixels are floating-point numbers of unknown range')
         if 'A' in image.mode or 'transparency' in image.info:
             image = image.convert('RGBA')
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -610,8 +593,7 @@ def margin(output, y):
     return logits.scatter(1, y[:, None], -math.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
 
 def dlr_targeted(output, y, target):
-    """Difference of logits ratio towards a class (Croce & Hein 2020); fewer than four classes have
-    no ratio: the difference."""
+    """Difference of logits, from four classes on as a ratio, to a target (Croce & Hein 2020)."""
     logits = first_of(output).float()
     gap = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
     if logits.shape[1] < 4:
@@ -646,8 +628,7 @@ def input_gradient(model, x, y, loss):
         x = x.detach().requires_grad_()
         output = model(x)
         value = loss(output, y)
-        # float16 would lose small gradients
-        scale = 1024.0 if first_of(output).dtype == torch.float16 else 1.0
+        scale = 1024.0 if first_of(output).dtype == torch.float16 else 1.0  # small ones vanish
         gradient = torch.autograd.grad(value.sum() * scale, x)[0] / scale
     return first_of(output).detach(), value.detach(), gradient.nan_to_num(0.0, 0.0, 0.0)
 
@@ -656,10 +637,6 @@ def input_gradients(model, x, y, loss=cross_entropy):
     with frozen(model) as net:
         return torch.cat([input_gradient(net, a, b, loss)[2]
                           for a, b in zip(x.split(100), y.split(100))])
-
-def column(v):
-    """(N,) -> (N, 1, 1, 1)."""
-    return v[:, None, None, None]
 
 def l2_norm(v):
     """(N, C, H, W) -> (N, 1, 1, 1), never 0."""
@@ -680,8 +657,8 @@ def random_start(x, eps, norm, generator=None):
     noise = torch.rand(x.shape, generator=generator, device=x.device) * 2 - 1
     if norm == 'l2':
         noise = torch.randn(x.shape, generator=generator, device=x.device)
-        radius = torch.rand(len(x), generator=generator, device=x.device) ** (1 / x[0].numel())
-        noise = noise / l2_norm(noise) * column(radius)
+        radius = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+        noise = noise / l2_norm(noise) * radius ** (1 / x[0].numel())
     return (x + eps * noise).clamp(0, 1)
 
 def pgd(model, x, y, *, eps, step_size, steps, norm='linf', loss=cross_entropy, start=None,
@@ -714,7 +691,7 @@ def apgd(model, x, y, *, eps, steps=100, norm='linf', loss=cross_entropy, target
     """Auto-PGD (Croce & Hein 2020, algorithm 1): no step size to choose. targets > 0: a run towards
     each of that many likeliest wrong classes, with a loss (output, y, target). Returns for each
     image a point that fools, with which it is done, or else the best one of the last run."""
-    best = x.clone()
+    best, own = x.clone(), loss if targets else lambda output, y, goal: loss(output, y)
     with frozen(model) as model:
         logits = logits_of(model, x)
         todo = (logits.argmax(1) == y).nonzero()[:, 0]
@@ -722,51 +699,44 @@ def apgd(model, x, y, *, eps, steps=100, norm='linf', loss=cross_entropy, target
         for run in range(min(targets, logits.shape[1] - 1) or 1):
             start = random_start(x, eps, norm, generator)  # of all, whoever is left
             if len(todo):
-                goal = likely[:, run][todo] if targets else None
                 best[todo], fooled = apgd_run(
-                    model, x[todo], y[todo], start[todo], goal, loss, eps, steps, norm)
+                    model, x[todo], y[todo], start[todo], likely[todo, run], own, eps, steps, norm)
                 todo = todo[~fooled]
     return best
 
 def apgd_run(model, x, y, start, goal, loss, eps, steps, norm):
     """One run: (points, whether they fool). `s` holds a row for each image not fooled so far."""
-    looks, percent = [], [0, 22]  # where the step is judged: .22, .41, ... of the steps
-    while percent[-1] < 100:
-        looks.append(math.ceil(percent[-1] * steps / 100))
-        percent.append(percent[-1] + max(percent[-1] - percent[-2] - 3, 6))
-    zero, step = torch.zeros(len(x), device=x.device), torch.full((len(x),), 2 * eps).to(x)
-    s = dict(at=torch.arange(len(x), device=x.device), x=x, y=y, goal=y if goal is None else goal,
-             now=start, last=start, best=start, best_gradient=start, value=zero - math.inf,
-             best_value=zero - math.inf, old_best=zero, step=step, old_step=0 * step, rises=zero)
-    result, fooled = start.clone(), zero > 0
+    looks = [math.ceil(k * steps / 100) for k in (0, 22, 41, 57, 70, 80, 87, 93, 99)]
+    zero = torch.zeros(len(x), 1, 1, 1, device=x.device)
+    s = dict(at=torch.arange(len(x), device=x.device), x=x, y=y, goal=goal, now=start, last=start,
+             best=start, best_gradient=start, value=zero - math.inf, best_value=zero - math.inf,
+             old_best=zero, step=zero + 2 * eps, old_step=zero, rises=zero)
+    result, fooled = start.clone(), torch.zeros_like(y, dtype=torch.bool)
     for k in range(steps + 1):
-        extra = () if goal is None else (s['goal'],)
         logits, value, s['gradient'] = input_gradient(
-            model, s['now'], s['y'], lambda output, y: loss(output, y, *extra))
+            model, s['now'], s['y'], lambda output, y: loss(output, y, s['goal']))
+        value, hit = value[:, None, None, None], logits.argmax(1) != s['y']
         better = value > s['best_value']
-        s['best'] = torch.where(column(better), s['now'], s['best'])
-        s['best_gradient'] = torch.where(column(better), s['gradient'], s['best_gradient'])
+        s['best'] = torch.where(better, s['now'], s['best'])
+        s['best_gradient'] = torch.where(better, s['gradient'], s['best_gradient'])
         s['best_value'] = torch.where(better, value, s['best_value'])
-        s['rises'], s['value'] = s['rises'] + (value > s['value']) * (k > 0), value
-        hit = logits.argmax(1) != s['y']
-        result[s['at']] = torch.where(column(hit), s['now'], s['best'])
+        s['rises'], s['value'] = s['rises'] + (value > s['value']), value
+        result[s['at']] = torch.where(hit[:, None, None, None], s['now'], s['best'])
         fooled[s['at']] = hit
-        if k == 0:
-            s['old_best'], s['old_step'] = s['best_value'], s['step']
-        if k in looks:
-            period = k - max([0] + [look for look in looks if look < k])
+        if k in looks:  # at 0 nothing is halved
+            period = k - max((look for look in looks if look < k), default=0)
             stuck = (s['old_step'] == s['step']) & (s['old_best'] == s['best_value'])
             halve = (s['rises'] < 0.75 * period) | stuck
             s['old_best'], s['old_step'] = s['best_value'], s['step']
             s['step'] = torch.where(halve, s['step'] / 2, s['step'])
-            s['now'] = torch.where(column(halve), s['best'], s['now'])
-            s['gradient'] = torch.where(column(halve), s['best_gradient'], s['gradient'])
+            s['now'] = torch.where(halve, s['best'], s['now'])
+            s['gradient'] = torch.where(halve, s['best_gradient'], s['gradient'])
             s['rises'] = 0 * s['rises']
         if hit.any():
             s = {name: v[~hit] for name, v in s.items()}
         if k == steps or len(s['at']) == 0:
             return result, fooled
-        ahead = s['now'] + column(s['step']) * steepest(s['gradient'], norm)
+        ahead = s['now'] + s['step'] * steepest(s['gradient'], norm)
         move = project(ahead, s['x'], eps, norm) - s['now']
         move = 0.75 * move + 0.25 * (s['now'] - s['last']) if k else move
         s['last'], s['now'] = s['now'], project(s['now'] + move, s['x'], eps, norm)
@@ -776,18 +746,15 @@ def square(model, x, y, *, eps, queries=5000, p_init=0.8, generator=None):
     """Square attack in linf (Andriushchenko et al. 2020): random search with square patches of
     +-eps on the margin, without gradients. Misclassified images are dropped."""
     (n, c, h, w), cuts = x.shape, (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000
-
-    def integers(high, *size):
-        return torch.randint(high, size, generator=generator, device=x.device)
-
+    integers = partial(torch.randint, generator=generator, device=x.device)
     rows, columns = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
     with frozen(model) as model:
         best, worst = x.clone(), margin(model(x), y)
         for query in range(queries):
             share = p_init / 2 ** sum(query / queries > cut / 10000 for cut in cuts)
             side = max(1, min(round((share * h * w) ** 0.5), h - 1, w - 1))
-            top, left = integers(h - side + 1, n, 1), integers(w - side + 1, n, 1)
-            noise = eps * (2.0 * integers(2, n, c, 1, 1 if query else w) - 1)  # stripes at first
+            top, left = integers(h - side + 1, (n, 1)), integers(w - side + 1, (n, 1))
+            noise = eps * (2.0 * integers(2, (n, c, 1, 1 if query else w)) - 1)  # stripes at first
             todo = (worst <= 0).nonzero()[:, 0]
             if len(todo) == 0:
                 break
@@ -806,11 +773,10 @@ def logits_of(model, x, batch_size=250):
         return torch.cat([first_of(model(to_float(b))) for b in x.split(batch_size)])
 
 def correct_under(model, x, y, attack=None):
-    """Whether each image (uint8 or float) is classified correctly, also after attack(model, x, y,
-    generator=...), a partial: (N,) bool, the same for any number of processes. Images that are
-    wrong already are not attacked."""
+    """Whether each image (uint8 or float) is classified correctly, and still is after attack(model,
+    x, y, generator=...) on these alone: (N,) bool, the same for any number of processes."""
     size = 1000 if x.is_cuda else 250
-    correct = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    correct = torch.zeros(len(y), dtype=torch.uint8, device=y.device)  # gloo adds up no bool
     for batch in range(RANK, math.ceil(len(y) / size), WORLD):
         here = slice(batch * size, (batch + 1) * size)
         a, b = to_float(x[here]), y[here]
@@ -821,7 +787,9 @@ def correct_under(model, x, y, attack=None):
             x_adv = attack(model, a[left], b[left], generator=generator)
             right[left] = logits_of(model, x_adv, size).argmax(1) == b[left]
         correct[here] = right
-    return gather(correct)
+    if WORLD > 1:
+        dist.all_reduce(correct)
+    return correct.bool()
 
 ATTACK_NAMES = {'natural': 'natural', 'fgsm': 'FGSM', 'pgd': 'PGD', 'apgd_ce': 'APGD-CE',
                 'apgd_t': 'APGD-T', 'square': 'Square', 'worst': 'worst case'}
@@ -868,16 +836,14 @@ def masking_check(model, data, correct, *, norm='linf', loss=margin):
     logits the second time, and the accuracy under PGD without a bound on `loss`, in units of
     chance. Then differences between the accuracies of `correct`, as `evaluate` fills it."""
     x, y = to_float(data.test[0][:100]), data.test[1][:100]
-    gradient = input_gradients(model, x, y).flatten(1)
-    again = (logits_of(model, x) != logits_of(model, x)).any(1)
     size = 1.0 if norm == 'linf' else x[0].numel() ** 0.5
-    # from the image: a random start in so large a ball would fool by itself
-    everything = dict(eps=size, step_size=size / 10, steps=30, norm=norm, loss=loss, stop=True)
-    left = correct_under(model, x, y, lambda model, x, y, generator: pgd(
-        model, x, y, **everything, start=x)).float().mean().item()
-    found = {'zero gradients': (gradient == 0).all(1).float().mean().item(),
-             'random outputs': again.float().mean().item(),
-             'unbounded attack fails': left * len(data.classes)}
+    far = pgd(model, x, y, eps=size, step_size=size / 10, steps=30, norm=norm, loss=loss, start=x,
+              stop=True)  # a random start in so large a ball would fool by itself
+    signs = {'zero gradients': (input_gradients(model, x, y) == 0).flatten(1).all(1),
+             'random outputs': (logits_of(model, x) != logits_of(model, x)).any(1),
+             'unbounded attack fails': logits_of(model, far).argmax(1) == y}
+    found = {symptom: sign.float().mean().item() for symptom, sign in signs.items()}
+    found['unbounded attack fails'] *= len(data.classes)
     for symptom, weak, strong in (('one step beats many', 'pgd', 'fgsm'),
                                   ('cross-entropy far weaker', 'apgd_ce', 'apgd_t'),
                                   ('black box beats white', 'apgd_t', 'square')):
@@ -915,9 +881,8 @@ def trades_loss(net, x, y, threat, generator, ce=cross_entropy, kl=kl_divergence
     bfloat16 its start would round to the image, where the KL has no gradient: the first step is
     one of float32. Both halves of the update share their batch norm."""
     x_adv = x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        with frozen(net) as model, torch.no_grad():
-            natural = model(x)
+    with torch.autocast(x.device.type, enabled=False), torch.no_grad(), frozen(net) as model:
+        natural = model(x)
         threat = dict(threat, loss=lambda output, y: kl(output, natural))
         x_adv = pgd(net, x, y, **threat | dict(steps=1), start=x_adv)
     x_adv = pgd(net, x, y, **threat | dict(steps=threat['steps'] - 1), start=x_adv)
@@ -946,21 +911,17 @@ def lr_factor(schedule, progress):
     """Share of the highest learning rate at progress, a share of the training. drops:0.5,0.9: x 0.1
     at each; piecewise: drops:0.5,0.75 (Rice et al. 2020); onecycle: up over a quarter, then down
     to 0. None: there is no such schedule."""
-    if schedule == 'constant':
-        return 1.0
     if schedule == 'cosine':
         return 0.5 * (1 + math.cos(math.pi * progress))
     if schedule == 'onecycle':
         return max(progress, 1e-3) / 0.25 if progress < 0.25 else (1 - progress) / 0.75
-    schedule = 'drops:0.5,0.75' if schedule == 'piecewise' else schedule
-    if not re.fullmatch(r'drops:0?\.\d+(,0?\.\d+)*', schedule):
-        return None
-    drops = [float(at) for at in schedule[6:].split(',')]
-    return 0.1 ** sum(progress >= at for at in drops) if drops == sorted(set(drops)) else None
+    drops = dict(constant=[], piecewise=['0.5', '0.75']).get(schedule)
+    if re.fullmatch(r'drops:0?\.\d+(,0?\.\d+)*', schedule):
+        drops = schedule[6:].split(',')
+    return None if drops is None else 0.1 ** sum(progress >= float(at) for at in drops)
 
 def eps_factor(warmup, progress):
-    """Share of eps: 0 for the first third of the warm-up, then linearly up to 1. Both arguments are
-    shares of the training."""
+    """Share of eps: 0 for a third of the warm-up (a share of the training), then linear up to 1."""
     return min(1.0, max(0.0, (progress / warmup - 1 / 3) * 1.5)) if warmup else 1.0
 
 def checkpoint_path(args, data, method, seed, extra, keep):
@@ -1031,7 +992,7 @@ def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, e
         if state['finished']:
             del state['optimizer'], state['scaler']
         if state['finished'] or device.type == 'cpu' or time.monotonic() - saved > 600:
-            save(path, state)
+            save(path, partial(torch.save, state))
             saved = time.monotonic()
     if row['val_natural'] < 1.2 / len(data.classes):
         log.warning('%s COLLAPSED to one class; a smaller --lr or --eps-warmup 0.5 may help', name)
@@ -1048,8 +1009,7 @@ def train_epoch(net, optimizer, scaler, dtype, data, args, seed, epoch, loss_fn)
     batches = train_batches(data, args.batch_size, seed, epoch, generator)
     for i, (x, y) in enumerate(tqdm(batches, total=n, disable=RANK > 0 or None, leave=False)):
         progress = (epoch + i / n) / args.epochs
-        for group in optimizer.param_groups:
-            group['lr'] = args.lr * lr_factor(args.schedule, progress)
+        optimizer.param_groups[0]['lr'] = args.lr * lr_factor(args.schedule, progress)
         grown = eps_factor(args.eps_warmup, progress)
         threat = dict(eps=grown * args.eps, step_size=grown * args.step_size, steps=args.steps,
                       norm=args.norm)
@@ -1111,7 +1071,7 @@ def restore(state, which, args, data, device, build=make_model):
 
 def save_results(results, folder):
     """results.npz and results.json, both whole whenever the process is killed."""
-    arrays, buffer = {}, io.BytesIO()
+    arrays = {}
 
     def split(value, path):
         if isinstance(value, dict):
@@ -1121,8 +1081,7 @@ def save_results(results, folder):
         return {'npz': path} if isinstance(value, np.ndarray) else value
 
     text = json.dumps(split(results, ''), indent=1, default=float)
-    np.savez_compressed(buffer, **arrays)
-    save(folder / 'results.npz', buffer.getvalue())
+    save(folder / 'results.npz', partial(np.savez_compressed, **arrays))
     save(folder / 'results.json', text)
 
 def load_results(folder):
@@ -1132,10 +1091,9 @@ def load_results(folder):
             arrays = dict(file)
         return json.loads((folder / 'results.json').read_text('utf-8'),
                           object_hook=lambda d: arrays[d['npz']] if d.keys() == {'npz'} else d)
-    except FileNotFoundError:
-        return {}
     except Exception as error:
-        log.warning('the results in %s cannot be read (%s): measuring again', folder, error)
+        if not isinstance(error, FileNotFoundError):
+            log.warning('the results in %s cannot be read (%s): measuring again', folder, error)
         return {}
 
 def measure(results, keys, function, folder):
@@ -1152,14 +1110,13 @@ def finish(study, results, folder):
     """Mark a study as finished; metrics.csv has a row for each epoch of its trainings."""
     rows = [row for arm in results.get('runs', {}).values() for run in arm.values()
             for row in run.get('history', ())]
-    table = [list(row) for row in rows[:1]] + [list(row.values()) for row in rows]
+    table = [*rows[:1], *(row.values() for row in rows)]  # the first: its keys
     save(folder / 'metrics.csv', ''.join(','.join(map(str, line)) + '\n' for line in table))
     results['finished'] = study
     save_results(results, folder)
 
 def stack(runs):
-    """{seed: {name: value}} -> {name: array with the seeds in front}, also in dicts of dicts; lists
-    and texts are left out."""
+    """{seed: {name: value}} -> {name: array, seeds in front}, dicts inside too; no lists, texts."""
     out, runs = {}, list(runs.values())
     for name, value in runs[0].items():
         if isinstance(value, dict):
@@ -1223,11 +1180,9 @@ def judge(claims, results, folder):
     log.info('%sfigures, claims, numbers: %s; --fresh trains and measures again', seeds, folder)
 
 def near_chance(natural, y):
-    """Why the accuracy of the worst seed says nothing, or ''. natural (S, N) right or not; labels y
-    (N,)."""
-    usual = np.bincount(y).max() / len(y)
-    poor = np.min(natural.mean(-1)) < min(1.5 * usual, 0.9 * usual + 0.1)
-    return 'accuracy near chance' if poor else ''
+    """Why the accuracy of the worst seed says nothing, or ''. natural: (S, N) of right; y: (N,)."""
+    usual, worst = np.bincount(y).max() / len(y), np.min(natural.mean(-1))
+    return 'accuracy near chance' * bool(worst < min(1.5 * usual, 0.9 * usual + 0.1))
 
 def masking_claim(name, masking, unless=''):
     """Control: no symptom of any seed is above its threshold. masking: {symptom: (S,)}."""
@@ -1251,10 +1206,8 @@ def new_figure(rows=1, columns=1, width=7.0, height=3.0, **options):
 
 def save_figure(figure, folder, name):
     """<folder>/<name>.png."""
-    buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format='png')
-    save(folder / f'{name}.png', buffer.getvalue())
+        save(folder / f'{name}.png', partial(figure.savefig, format='png'))
 
 def show_image(axis, image, title=''):
     """An image (C, H, W) in [0, 1], without axes."""
@@ -1265,10 +1218,8 @@ def show_image(axis, image, title=''):
 
 # ------------------------------------------------------------------------------------- Shapes
 
-# Ten outlines, each filled with its own texture: class k is outline k with texture k, so that both
-# cues predict the class and a network may choose. Position, size, angle, colours, texture phase
-# and contrast vary; background gradient, two soft blobs and noise are nuisance. Frozen: how the
-# numbers were chosen is in docs/shapes.md.
+# Class k is outline k filled with texture k, so that both cues predict the class and a network may
+# choose. Frozen: what varies, and how the numbers were chosen, is in docs/shapes.md.
 
 def radius_of(u, v):
     return (u.square() + v.square() + 1e-12).sqrt()  # differentiable at the centre
@@ -1276,8 +1227,7 @@ def radius_of(u, v):
 def box(u, v, a, b):
     """Signed distance to the box |u| < a, |v| < b (negative inside)."""
     du, dv = u.abs() - a, v.abs() - b
-    outside = (du.clamp(min=0).square() + dv.clamp(min=0).square() + 1e-12).sqrt()
-    return outside + torch.maximum(du, dv).clamp(max=0)
+    return radius_of(du.clamp(min=0), dv.clamp(min=0)) + torch.maximum(du, dv).clamp(max=0)
 
 def star(u, v, corners, inner):
     """Signed distance to a star with tips at radius 1, the first upwards, and notches at inner."""
@@ -1352,37 +1302,32 @@ def shape_parameters(n, generator, texture=None):
 def render_shapes(p, size=32):
     """Draw parameters, without noise, differentiably: a dict of images (N, 3, S, S) in [0, 1], as
     image, filled (the texture everywhere) and flat (no texture), mask and edge (N, 1, S, S)."""
-    def col(t):  # (N,) -> (N, 1, 1)
-        return t[:, None, None]
-
+    q = {name: v[..., None, None] for name, v in p.items()}  # to go with (S, S)
     axis = (torch.arange(size, device=p['radius'].device) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing='ij')
-    dx, dy = x - col(p['center'][:, 0]), y - col(p['center'][:, 1])
-    cos, sin = col(p['angle'].cos()), col(p['angle'].sin())
+    dx, dy = x - q['center'][:, 0], y - q['center'][:, 1]
+    cos, sin = q['angle'].cos(), q['angle'].sin()
     u, v = cos * dx + sin * dy, cos * dy - sin * dx
     distance, texture = torch.zeros_like(u), torch.zeros_like(u)
     for k, outline in enumerate(OUTLINES.values()):
         i = (p['outline'] == k).nonzero()[:, 0]
-        r = col(p['radius'][i])
+        r = q['radius'][i]
         distance = distance.index_put((i,), outline(u[i] / r, v[i] / r) * r)
     for k, (name, pattern) in enumerate(TEXTURES.items()):
         i = (p['texture'] == k).nonzero()[:, 0]
-        scale, shift = 16 / col(p['period'][i]), p['phase'][i] * (name != 'rings')
+        scale, shift = 16 / q['period'][i], q['phase'][i] * (name != 'rings')
         texture = texture.index_put((i,), pattern(
-            u[i] * scale + col(shift[:, 0]), v[i] * scale + col(shift[:, 1]), p['blobs'][i]))
+            u[i] * scale + shift[:, 0], v[i] * scale + shift[:, 1], p['blobs'][i]))
     pixels = distance[:, None] * size / 2
     mask, edge = (0.5 - pixels).clamp(0, 1), (1.5 - pixels.abs()).clamp(0, 1)
-    gradient = p['gradient'][..., None]
-    ground = p['background'][:, :, None, None] + gradient[:, :, :1] * x + gradient[:, :, 1:] * y
+    ground = q['background'] + q['gradient'][:, :, 0] * x + q['gradient'][:, :, 1] * y
     for j in range(2):
-        cx, cy = p['clutter_center'][:, j, :, None, None].unbind(1)
-        far = ((x - cx) ** 2 + (y - cy) ** 2) / (2 * col(p['clutter_radius'][:, j]) ** 2)
-        ground = ground + p['clutter_colour'][:, j, :, None, None] * torch.exp(-far)[:, None]
-    flat = p['colour'][:, :, None, None]
-    strength = p['contrast'][:, None] * p['texture_colour']
-    filled = flat + strength[:, :, None, None] * texture[:, None]
+        cx, cy = q['clutter_center'][:, j].unbind(1)
+        far = ((x - cx) ** 2 + (y - cy) ** 2) / (2 * q['clutter_radius'][:, j] ** 2)
+        ground = ground + q['clutter_colour'][:, j] * torch.exp(-far)[:, None]
+    filled = q['colour'] + q['contrast'][:, None] * q['texture_colour'] * texture[:, None]
     return dict(image=(mask * filled + (1 - mask) * ground).clamp(0, 1), filled=filled.clamp(0, 1),
-                flat=(mask * flat + (1 - mask) * ground).clamp(0, 1), mask=mask, edge=edge)
+                flat=(mask * q['colour'] + (1 - mask) * ground).clamp(0, 1), mask=mask, edge=edge)
 
 def make_shapes(n, key, size=32, texture=None, kind='image'):
     """n images of a kind that render_shapes draws, with noise, the same for the same key on every

@@ -199,7 +199,7 @@ def train_autoencoder(args, data, seed, device):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    common.save(path, model.state_dict())
+    common.save(path, partial(torch.save, model.state_dict()))
     x = common.to_float(data.val[0])
     error = F.mse_loss(model.requires_grad_(False)(x), x).item()
     common.log.info('autoencoder of %d dimensions: square error %.4f', args.latent, error)
@@ -450,7 +450,7 @@ def figure_evolution(points, folder):
                  'then it waves around them. n = 3 is a control')
     common.save_figure(fig, folder, 'fig1_evolution')
     fig, axes = common.new_figure(1, 2, 8, 4, sharey=True)
-    frames, out = [], io.BytesIO()
+    frames = []
     slice_legend(fig, columns=3)
     for mark, step in enumerate(points[CHOSEN]['step'][: 2 * MARKS // 3 + 1]):
         for axis, n in zip(axes[0], (CHOSEN, CONTROL)):
@@ -459,8 +459,9 @@ def figure_evolution(points, folder):
         picture = io.BytesIO()
         fig.savefig(picture, dpi=80)
         frames.append(Image.open(picture).convert('RGB').quantize(64))
-    frames[0].save(out, 'GIF', save_all=True, append_images=frames[1:], loop=0, duration=300)
-    common.save(folder / 'fig1_evolution.gif', out.getvalue())
+    write = partial(frames[0].save, format='GIF', save_all=True, append_images=frames[1:], loop=0,
+                    duration=300)
+    common.save(folder / 'fig1_evolution.gif', write)
 
 def draw_band(axis, x, values, **style):
     """Mean of values (M, S) over the networks and its 95 % interval."""
