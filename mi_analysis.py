@@ -18,11 +18,11 @@ mode), the same distinct images for all (theirs: drawn anew, with repetitions), 
 epoch (theirs: before, never at the end), up to 1000 images held out, PyTorch's initial weights,
 global pooling (STL-10), distortions with the training's eps, upper bounds for the logits alone.
 
-Expect     On shapes, three seeds: under published noise and in bins trained layers are at
-           the ceilings, with permuted labels, too; under scaled noise I(T;Y) grows from 0.4 bits in
-           the stem, as of permuted labels, to 2.7 (NT) and 2.4 (AT) in the logits. An attack leaves
-           0.8 and 1.6, and nearly as much I(T;X); V4 and V5 are contradicted. An attack knows
-           the label: into the logits of an untrained network it writes 2.6 bits of it.
+Expect     On shapes, three seeds: under published noise and in bins trained layers are at the
+           ceilings, with permuted labels, too, but for AT's logits; under scaled noise I(T;Y) grows
+           from 0.4 bits in the stem, as of permuted labels, to 2.7 (NT) and 2.4 (AT) in the logits.
+           An attack leaves 0.8 and 1.6 and changes I(T;X) little; V4 and V5 are contradicted. It
+           knows the label: into the logits of an untrained network it writes 2.6 bits of it.
 """
 import math
 

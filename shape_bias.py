@@ -11,7 +11,7 @@ Usage      python shape_bias.py                                     shapes, minu
            DIR: style-transfer-preprocessed-512 of github.com/rgeirhos/texture-vs-shape, beside it
            edges and filled-silhouettes; files of torchvision, DataParallel and robustness load
 
-Expect     shapes, three seeds: shape bias .54 (S), .67 (4/255), .71 (R, 8/255); a texture bias of
+Expect     shapes, three seeds: shape bias .55 (S), .67 (4/255), .71 (R, 8/255); a texture bias of
            S is not seen; concepts, types of inputs and leaning inconclusive. 230 CPU s a seed.
 """
 import argparse
