@@ -14,7 +14,8 @@ Expect     shapes, three seeds, 500 images at 4/255: worst case 7 % of the stand
            the robust one; students M0 33, M8 24, M4 23, M12 17, M7 15, M17 8 %; all ten claims
            hold; 4 CPU minutes a seed. There a student starts from the standard network (warm): what
            is asked is what clean images add to that. Elsewhere it starts anew (cold), which on
-           shapes keeps the order: M0 22.5, M4 18.2, M7 15.1 %.
+           shapes keeps the order: M0 22.5, M4 18.2, M7 15.1 %. CIFAR-10, small-cnn-64, five epochs
+           of students, under PGD: standard 4, robust 54, M0 44, M4 41, M12 42 %.
 """
 import argparse
 import math
