@@ -153,8 +153,8 @@ def information(t, labels, classes, layer='logits'):
     if not math.isfinite(frame[1]):
         raise common.UserError(f'the outputs of layer {layer} hold NaN or infinity')
     some = t[torch.randperm(len(t), generator=common.make_generator('some'))[:SOME].to(t.device)]
-    pairs = torch.pdist(some.double()).square()
-    scaled = SHARE * (pairs.median().item() or pairs.mean().item() or 1.0)
+    pairs = squared_distances(some, some, frame).fill_diagonal_(math.nan)
+    scaled = SHARE * (pairs.nanmedian().item() or pairs.nanmean().item() or 1.0)
     (x, v), (y, w) = (r[:, 0] for r in kde_terms(t, labels, classes, (scaled, VARIANCE), frame))
     kinds = (x, y), (v, w), bin_terms(t, labels, classes)
     terms = torch.stack([torch.stack((a, b[0], b[1:].mean(0))) for a, b in kinds])
