@@ -15,7 +15,7 @@ Expect     shapes, three seeds, natural / worst case (%): vanilla 99 / 47, CAS 9
            without masks 99 / 45, CIFS 90 / 35 (natural 99 if its masks are told the labels), early
            90 / 24. CAS keeps 93 under PGD-20 on its final loss alone. The last epoch is the best,
            so that the paper's claims about it are not testable; where training overfits they hold
-           (1,000 CIFAR-10 images, docs/results.md). 230 CPU seconds a seed (without early).
+           (1,000 CIFAR-10 images, two seeds). 230 CPU seconds a seed (without early).
 """
 import argparse
 from contextlib import contextmanager
