@@ -66,5 +66,11 @@ def test_two_processes(tmp_path):
         assert len(parts[0]) == len(parts[1]) == 8
         assert sorted(batch.flatten(1).tolist()) == sorted(torch.cat(parts).flatten(1).tolist())
 
+def test_a_process_that_fails_alone_says_so():
+    code = "import common\ndef main(): raise common.UserError('alone')\ncommon.entry(main)"
+    done = subprocess.run([sys.executable, '-c', code], cwd=Path(common.__file__).parent, text=True,
+                          env=os.environ | dict(RANK='1', WORLD_SIZE='2'), stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (2, 'error: alone\n')
+
 if __name__ == '__main__':
     common.entry(partial(program, Path(sys.argv[1])))
