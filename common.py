@@ -3,7 +3,8 @@ set-up, processes, data, networks, attacks, training, results, shapes (the embed
 
 Images are float (N, C, H, W) in [0, 1], stored as uint8; labels int64 (N,). A network maps images
 to logits (N, K), or to a tuple whose first entry they are, and normalises its input itself. eps
-and step sizes are in units of the pixel range: 8/255 is 0.03137."""
+and step sizes are in units of the pixel range: 8/255 is 0.03137.
+"""
 import argparse
 import hashlib
 import io
@@ -55,7 +56,9 @@ SETTINGS = {
                   step_size='0.01', eps_warmup=0.4, pad=0),
     'fashion-mnist': dict(arch='small-cnn', epochs=30, lr=0.05, schedule='onecycle', eps='0.1',
                           step_size='0.02', eps_warmup=0.4, pad=2),
-    'cifar10': {}, 'cifar100': {}, 'svhn': dict(lr=0.01, step_size='1/255', eps_warmup=0.05),
+    'cifar10': {},
+    'cifar100': {},
+    'svhn': dict(lr=0.01, step_size='1/255', eps_warmup=0.05),
     'stl10': dict(epochs=100, eps='4/255', step_size='1/255'),
     'folder': dict(arch='resnet50', epochs=90, batch_size=256, weight_decay=1e-4, eps='4/255',
                    step_size='1/255', image_size=224, pad=None)}  # pad: an eighth
@@ -227,7 +230,8 @@ def start_log(folder=None):
     """Log to stdout and to log.txt in a folder, from the first process."""
     logging.raiseExceptions = False  # a full disk ends the run at the next save, in one line
     sys.stdout.reconfigure(errors='backslashreplace')  # names that an ASCII terminal lacks
-    warnings.filterwarnings('ignore', '(mean of empty|all-nan|invalid value|.broadcast_b)')
+    # nan means that there is no such value; the other is new in torch 2.13
+    warnings.filterwarnings('ignore', '(mean of empty|all-nan|invalid value|.broadcast_buffers)')
     handlers = [logging.NullHandler() if RANK else logging.StreamHandler(sys.stdout)]
     if folder and RANK == 0:
         handlers.append(logging.FileHandler(folder / 'log.txt', encoding='utf-8'))
@@ -348,9 +352,12 @@ def split_off(y, classes, n):
     return order[~out].sort()[0], order[out].sort()[0]
 
 TORCHVISION = {  # class and what is there when the data are
-    'mnist': (MNIST, 'MNIST/raw'), 'fashion-mnist': (FashionMNIST, 'FashionMNIST/raw'),
-    'cifar10': (CIFAR10, 'cifar-10-batches-py'), 'cifar100': (CIFAR100, 'cifar-100-python'),
-    'svhn': (SVHN, 'test_32x32.mat'), 'stl10': (STL10, 'stl10_binary')}
+    'mnist': (MNIST, 'MNIST/raw'),
+    'fashion-mnist': (FashionMNIST, 'FashionMNIST/raw'),
+    'cifar10': (CIFAR10, 'cifar-10-batches-py'),
+    'cifar100': (CIFAR100, 'cifar-100-python'),
+    'svhn': (SVHN, 'test_32x32.mat'),
+    'stl10': (STL10, 'stl10_binary')}
 
 def load_torchvision(args):
     """The same of a data set of torchvision, downloaded if absent."""
@@ -400,8 +407,8 @@ def load_folder(args):
         chosen.append(([files[i] for i in keep], y[keep]))
     need = sum(len(y) for _, y in chosen) * 6 * size**2  # with a copy while subsets are made
     log.info('reading %s at %d pixels: %.2f GB', root, size, need / 1e9)
-    known = 'SC_AVPHYS_PAGES' in getattr(os, 'sysconf_names', ())  # Linux
-    free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if known else 0
+    told = 'SC_AVPHYS_PAGES' in getattr(os, 'sysconf_names', ())  # not on macOS and Windows
+    free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if told else 0
     if need > free > 0:
         raise UserError(f'{need / 1e9:.1f} GB of images, {free / 1e9:.1f} GB of free memory: a '
                         'smaller --train-size, --test-size or --image-size needs less')
@@ -628,7 +635,7 @@ def input_gradient(model, x, y, loss):
         x = x.detach().requires_grad_()
         output = model(x)
         value = loss(output, y)
-        scale = 1024.0 if first_of(output).dtype == torch.float16 else 1.0  # small ones vanish
+        scale = 1024.0 if first_of(output).dtype == torch.float16 else 1.0  # else they vanish
         gradient = torch.autograd.grad(value.sum() * scale, x)[0] / scale
     return first_of(output).detach(), value.detach(), gradient.nan_to_num(0.0, 0.0, 0.0)
 
@@ -691,7 +698,8 @@ def apgd(model, x, y, *, eps, steps=100, norm='linf', loss=cross_entropy, target
     """Auto-PGD (Croce & Hein 2020, algorithm 1): no step size to choose. targets > 0: a run towards
     each of that many likeliest wrong classes, with a loss (output, y, target). Returns for each
     image a point that fools, with which it is done, or else the best one of the last run."""
-    best, own = x.clone(), loss if targets else lambda output, y, goal: loss(output, y)
+    best = x.clone()
+    aimed = loss if targets else lambda output, y, goal: loss(output, y)
     with frozen(model) as model:
         logits = logits_of(model, x)
         todo = (logits.argmax(1) == y).nonzero()[:, 0]
@@ -700,7 +708,8 @@ def apgd(model, x, y, *, eps, steps=100, norm='linf', loss=cross_entropy, target
             start = random_start(x, eps, norm, generator)  # of all, whoever is left
             if len(todo):
                 best[todo], fooled = apgd_run(
-                    model, x[todo], y[todo], start[todo], likely[todo, run], own, eps, steps, norm)
+                    model, x[todo], y[todo], start[todo], likely[todo, run], aimed, eps, steps,
+                    norm)
                 todo = todo[~fooled]
     return best
 

@@ -85,12 +85,12 @@ def squared_distances(a, b, frame, chunk=1024):
     """|a_i - b_j|^2 of rows, float64 (A, B), 0 for equal ones; inf on the diagonal if a is b."""
     (dtype, close), (centre, unit) = PRODUCTS[a.device.type], frame
     s = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
-    rows = columns = 0.0
+    norms_a = norms_b = 0.0
     for k in range(0, a.shape[1], chunk):
         u, v = ((r[:, k : k + chunk] - centre[k : k + chunk]).div_(unit) for r in (a, b))  # float64
-        rows, columns = rows + u.square().sum(1), columns + v.square().sum(1)
+        norms_a, norms_b = norms_a + u.square().sum(1), norms_b + v.square().sum(1)
         s.sub_(u.to(dtype) @ v.to(dtype).T, alpha=2)
-    norms = rows[:, None] + columns
+    norms = norms_a[:, None] + norms_b
     s += norms
     if a is b:
         s.fill_diagonal_(math.inf)
