@@ -385,8 +385,8 @@ def load_torchvision(args):
     return *pairs, classes
 
 def load_folder(args):
-    """The same of class folders in train/ and in the first of test/, val/, valid/ that has the
-    same. Images become squares of --image-size."""
+    """(training pair, test pair, class names) of class folders in train/ and in the first of test/,
+    val/, valid/ that has the same classes. Images become squares of --image-size."""
     root, size = Path(args.dataset[7:]), args.image_size
     train, *tests = [list_images(root / name) for name in ('train', 'test', 'val', 'valid')]
     test = next((found for found in tests if found.keys() == train.keys()), {})
@@ -407,9 +407,10 @@ def load_folder(args):
         chosen.append(([files[i] for i in keep], y[keep]))
     need = sum(len(y) for _, y in chosen) * 6 * size**2  # with a copy while subsets are made
     log.info('reading %s at %d pixels: %.2f GB', root, size, need / 1e9)
-    told = 'SC_AVPHYS_PAGES' in getattr(os, 'sysconf_names', ())  # not on macOS and Windows
-    free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if told else 0
-    if need > free > 0:
+    memory = Path('/proc/meminfo').read_text() if Path('/proc/meminfo').exists() else ''  # Linux
+    told = re.search(r'MemAvailable: *(\d+) kB', memory)
+    free = 1024 * int(told[1]) if told else math.inf
+    if need > free:
         raise UserError(f'{need / 1e9:.1f} GB of images, {free / 1e9:.1f} GB of free memory: a '
                         'smaller --train-size, --test-size or --image-size needs less')
     with ThreadPoolExecutor() as pool:
@@ -753,7 +754,7 @@ def apgd_run(model, x, y, start, goal, loss, eps, steps, norm):
 @torch.no_grad()
 def square(model, x, y, *, eps, queries=5000, p_init=0.8, generator=None):
     """Square attack in linf (Andriushchenko et al. 2020): random search with square patches of
-    +-eps on the margin, without gradients. Misclassified images are dropped."""
+    +-eps on the margin, without gradients. Misclassified images stay as they are."""
     (n, c, h, w), cuts = x.shape, (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000
     integers = partial(torch.randint, generator=generator, device=x.device)
     rows, columns = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
@@ -783,7 +784,7 @@ def logits_of(model, x, batch_size=250):
 
 def correct_under(model, x, y, attack=None):
     """Whether each image (uint8 or float) is classified correctly, and still is after attack(model,
-    x, y, generator=...) on these alone: (N,) bool, the same for any number of processes."""
+    x, y, generator=...) of those that are: (N,) bool, the same for any number of processes."""
     size = 1000 if x.is_cuda else 250
     correct = torch.zeros(len(y), dtype=torch.uint8, device=y.device)  # gloo adds up no bool
     for batch in range(RANK, math.ceil(len(y) / size), WORLD):
@@ -843,7 +844,7 @@ MASKING = {  # symptom (Athalye et al. 2018, Carlini et al. 2019): what is still
 def masking_check(model, data, correct, *, norm='linf', loss=margin):
     """{symptom: value}. On 100 test images: the share with a zero gradient, the share with other
     logits the second time, and the accuracy under PGD without a bound on `loss`, in units of
-    chance. Then differences between the accuracies of `correct`, as `evaluate` fills it."""
+    chance. Then what a rival finds beyond an attack, from `correct` as `evaluate` fills it."""
     x, y = to_float(data.test[0][:100]), data.test[1][:100]
     size = 1.0 if norm == 'linf' else x[0].numel() ** 0.5
     far = pgd(model, x, y, eps=size, step_size=size / 10, steps=30, norm=norm, loss=loss, start=x,
@@ -853,11 +854,11 @@ def masking_check(model, data, correct, *, norm='linf', loss=margin):
              'unbounded attack fails': logits_of(model, far).argmax(1) == y}
     found = {symptom: sign.float().mean().item() for symptom, sign in signs.items()}
     found['unbounded attack fails'] *= len(data.classes)
-    for symptom, weak, strong in (('one step beats many', 'pgd', 'fgsm'),
-                                  ('cross-entropy far weaker', 'apgd_ce', 'apgd_t'),
-                                  ('black box beats white', 'apgd_t', 'square')):
-        if {weak, strong} <= correct.keys():
-            found[symptom] = float(correct[weak].mean() - correct[strong].mean())
+    for symptom, attack, rival in (('one step beats many', 'pgd', 'fgsm'),
+                                   ('cross-entropy far weaker', 'apgd_ce', 'apgd_t'),
+                                   ('black box beats white', 'apgd_t', 'square')):
+        if {attack, rival} <= correct.keys():
+            found[symptom] = float(correct[attack].mean() - correct[rival].mean())
     return found
 
 # ----------------------------------------------------------------------------------- Training
@@ -890,8 +891,9 @@ def trades_loss(net, x, y, threat, generator, ce=cross_entropy, kl=kl_divergence
     bfloat16 its start would round to the image, where the KL has no gradient: the first step is
     one of float32. Both halves of the update share their batch norm."""
     x_adv = x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device)
-    with torch.autocast(x.device.type, enabled=False), torch.no_grad(), frozen(net) as model:
-        natural = model(x)
+    with torch.autocast(x.device.type, enabled=False):
+        with frozen(net) as model, torch.no_grad():
+            natural = model(x)
         threat = dict(threat, loss=lambda output, y: kl(output, natural))
         x_adv = pgd(net, x, y, **threat | dict(steps=1), start=x_adv)
     x_adv = pgd(net, x, y, **threat | dict(steps=threat['steps'] - 1), start=x_adv)

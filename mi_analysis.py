@@ -82,7 +82,7 @@ def frame_of(t, chunk=1024):
     return torch.cat(centre), unit or 1.0
 
 def squared_distances(a, b, frame, chunk=1024):
-    """|a_i - b_j|^2 of rows, float64 (A, B), 0 for equal ones; inf on the diagonal if a is b."""
+    """|a_i - b_j|^2 of rows, float64 (A, B), 0 for equal rows; of a with itself, inf at i = j."""
     (dtype, close), (centre, unit) = PRODUCTS[a.device.type], frame
     s = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
     norms_a = norms_b = 0.0
@@ -146,9 +146,9 @@ def bin_terms(t, labels, classes, chunk=1024):
 
 @torch.no_grad()
 def information(t, labels, classes, layer='logits'):
-    """Of outputs t (N, D), in bits by image: (terms (3, 3, N) of NOISES x I(T;X), a lower bound,
-    I(T;Y), a difference of two, I(T;permuted Y); scaled variance). labels: int64 (P, N), the true
-    ones first, then permuted. UserError for outputs that are not finite."""
+    """(terms (3, 3, N), scaled variance) of outputs t (N, D), in bits for each image: NOISES by
+    I(T;X) (a lower bound), I(T;Y) (a difference of two) and I(T;permuted Y) (mean of several).
+    labels: int64 (P, N), the true ones first. UserError for outputs that are not finite."""
     frame = frame_of(t)
     if not math.isfinite(frame[1]):
         raise common.UserError(f'the outputs of layer {layer} hold NaN or infinity')

@@ -120,12 +120,6 @@ def test_hidden_files_unlabelled_tests_and_names_beyond_ascii(tmp_path):
     assert data.classes == ['a', 'é'] and len(data.train[1]) == len(data.test[1]) == 4
     assert (data.train[0][:, 0] == data.train[1][:, None, None]).all()
 
-def test_a_folder_loads_where_the_system_does_not_tell_its_free_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, 'sysconf_names', {}, raising=False)  # macOS has no count of free pages
-    monkeypatch.setattr(os, 'sysconf', None, raising=False)
-    data = load(*class_folders(tmp_path, train=dict(a=4, b=4), test=dict(a=2, b=2)))
-    assert len(data.test[1]) == 4
-
 @pytest.mark.parametrize('name,trust,n,labels,mean', (  # first labels and means: well known
     ('mnist', [], 60000, [5, 0, 4, 1, 9], [.1307]),
     ('cifar10', ['--trust-data'], 50000, [6, 9, 9, 4, 1], [.4914, .4822, .4465]),

@@ -177,9 +177,8 @@ GOOD = dict(a=3, b=3)
     (dict(a=1, b=1), GOOD, (), 'validate'),
     (GOOD, GOOD, ('--train-size', 5), '--train-size 5 .* 4 images'),
     (GOOD, GOOD, ('--test-size', 7), '--test-size 7 .* 6 images'),
-    (GOOD, GOOD, ('--image-size', 99), 'memory: .*--train-size')))  # 12 x 99 x 99 x 3 bytes
+    (GOOD, GOOD, ('--image-size', 10**6), 'memory: .*--train-size')))  # 36 TB, and a copy
 def test_folders_that_are_refused(train, test, flags, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(os, 'sysconf', lambda name: 4096 if name == 'SC_PAGE_SIZE' else 50)
     monkeypatch.chdir(tmp_path)
     folder = class_folders(tmp_path / 'data', train=train, test=test)
     assert re.search(words, refused(capsys, SCRIPT, *FOLDER, '--dataset', *folder, *flags))
