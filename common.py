@@ -18,7 +18,7 @@ import time
 import warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,7 +65,7 @@ SETTINGS = {
 L2 = dict(eps='128/255', step_size='15/255')  # Rice et al. 2020
 ARCHS = ('small-cnn', 'small-cnn-64', 'lenet5', 'resnet18', 'wrn-10-1', 'wrn-28-10', 'wrn-34-10',
          'alexnet', 'googlenet', 'resnet50', 'resnet18-imagenet')
-WHERE = ('out', 'data_root', 'trust_data', 'device', 'compile', 'fresh', 'plot_only')  # not what
+WHERE = ('out', 'data_root', 'trust_data', 'device', 'fresh', 'plot_only')  # not what
 
 class UserError(Exception):
     """A mistake of the user's: one line on stderr, exit code 2."""
@@ -139,8 +139,7 @@ def make_parser(doc, defaults=None, argv=None):
     add('--seeds', type=int, nargs='+', default=[0], metavar='N', help='one training each')
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='where to compute')
     add('--amp', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto',
-        help='precision of training; attacks that are reported run in float32')
-    add('--compile', action='store_true', help='torch.compile, for long runs on a GPU')
+        help='precision of training; verdicts are of float32')
     add('--out', default='runs', metavar='DIR', help='for networks and results')
     add('--fresh', action='store_true', help='train and measure again')
     add('--plot-only', metavar='RUN', help='redraw the finished run in this folder')
@@ -230,8 +229,9 @@ def start_log(folder=None):
     """Log to stdout and to log.txt in a folder, from the first process."""
     logging.raiseExceptions = False  # a full disk ends the run at the next save, in one line
     sys.stdout.reconfigure(errors='backslashreplace')  # names that an ASCII terminal lacks
-    # nan means that there is no such value; the other is new in torch 2.13
-    warnings.filterwarnings('ignore', '(mean of empty|all-nan|invalid value|.broadcast_buffers)')
+    # nan means that there is no such value; the others are torch's and do no harm
+    warnings.filterwarnings(
+        'ignore', '(mean of empty|all-nan|invalid value|.broadcast_buffers|The AccumulateGrad)')
     handlers = [logging.NullHandler() if RANK else logging.StreamHandler(sys.stdout)]
     if folder and RANK == 0:
         handlers.append(logging.FileHandler(folder / 'log.txt', encoding='utf-8'))
@@ -278,10 +278,29 @@ def eps_text(config):
 RANK, WORLD, LOCAL_RANK = (
     int(os.environ.get(k, v)) for k, v in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items())
 
+class Graphed(nn.Module):
+    """A network whose attacks in training replay a CUDA graph, to the same bits: one launch in
+    place of hundreds, which take a fast GPU longer than a small batch does. Any other call goes to
+    the network itself, and all of them where its forward waits for the GPU, as .item() does."""
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.replay, self.shape = model, None, None
+
+    def forward(self, x):
+        attacked = not self.training and x.requires_grad and torch.is_autocast_enabled('cuda')
+        self.shape = self.shape or x.shape  # of whole batches; FAT's become smaller
+        if not attacked or x.shape != self.shape or x.numel() > 1e6:
+            return self.model(x)
+        if self.replay is None:
+            self.replay, sample = self.model, x.detach().clone().requires_grad_()
+            with suppress(RuntimeError), torch.autocast('cuda', cache_enabled=False):
+                self.replay = torch.cuda.make_graphed_callables(lambda x: self.model(x), (sample,))
+        return self.replay(x)
+
 def spread(model, device):
-    """What an update goes through: the network, or DistributedDataParallel around it."""
+    """What losses are computed with: the network, on a GPU Graphed, or DistributedDataParallel."""
     if WORLD == 1:
-        return model
+        return Graphed(model) if device.type == 'cuda' else model
     if device.type == 'cuda':  # on CPUs each process normalises its own part of a batch
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
@@ -784,7 +803,8 @@ def logits_of(model, x, batch_size=250):
 
 def correct_under(model, x, y, attack=None):
     """Whether each image (uint8 or float) is classified correctly, and still is after attack(model,
-    x, y, generator=...) of those that are: (N,) bool, the same for any number of processes."""
+    x, y, generator=...) of those that are: (N,) bool, the same for any number of processes. The
+    attack may compute in TF32, five times as fast on GPUs that have it; float32 decides."""
     size = 1000 if x.is_cuda else 250
     correct = torch.zeros(len(y), dtype=torch.uint8, device=y.device)  # gloo adds up no bool
     for batch in range(RANK, math.ceil(len(y) / size), WORLD):
@@ -794,7 +814,8 @@ def correct_under(model, x, y, attack=None):
         left = right.nonzero()[:, 0]
         if attack and len(left):
             generator = make_generator('evaluate', batch, device=x.device)
-            x_adv = attack(model, a[left], b[left], generator=generator)
+            with torch.backends.cudnn.flags(True, deterministic=True, allow_tf32=True):
+                x_adv = attack(model, a[left], b[left], generator=generator)
             right[left] = logits_of(model, x_adv, size).argmax(1) == b[left]
         correct[here] = right
     if WORLD > 1:
@@ -978,8 +999,6 @@ def train(args, data, method, seed, device, *, build=make_model, loss_fn=None, e
     else:
         state = dict(history=[], seconds=0.0, best=None, best_epoch=0,
                      kept={0: deepcopy(model.state_dict())} if 0 in keep else {})
-    if args.compile:
-        model.compile()
     net, saved = spread(model, device), time.monotonic()
     for epoch in range(len(state['history']), args.epochs):
         began = time.monotonic()

@@ -141,6 +141,34 @@ def die(out):
             os._exit(0)
         print(os.waitpid(victim, 0)[1])
 
+@pytest.mark.filterwarnings('ignore:CUDA is not available')
+def test_a_graph_answers_whole_batches_of_attacks_alone(monkeypatch):
+    made = []
+
+    def make(function, inputs):  # as torch does, but without a GPU
+        made.append(inputs[0].shape)
+        return lambda x: 'graph'
+    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', make)
+    monkeypatch.setattr(torch, 'is_autocast_enabled', lambda kind: True)
+    net, x = common.Graphed(tiny('', 4, (3, 8, 8), 0)), torch.rand(8, 3, 8, 8, requires_grad=True)
+    assert torch.is_tensor(net(x)) and not made  # the update, in train mode
+    net.eval()
+    assert net(x) == net(x) == 'graph' and made == [x.shape]
+    assert torch.is_tensor(net(x[:5])) and torch.is_tensor(net(x.detach()))
+    monkeypatch.setattr(torch, 'is_autocast_enabled', lambda kind: False)
+    assert torch.is_tensor(net(x))  # TRADES's first step, in float32
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA device')
+@pytest.mark.parametrize('method', common.METHODS)
+def test_a_graph_trains_the_same_bits(method, tmp_path, monkeypatch):
+    args, device = flags(tmp_path, amp='auto', epochs=2), common.pick_device('cuda')
+    data = replace(DATA, train=tuple(v.to(device) for v in DATA.train),
+                   val=tuple(v.to(device) for v in DATA.val))
+    fast = common.train(args, data, method, 0, device)
+    monkeypatch.setattr(common, 'spread', lambda model, device: model)
+    args.fresh = True
+    assert same(fast['last'], common.train(args, data, method, 0, device)['last'])
+
 def test_killed_trainings_end_with_the_same_bits(tmp_path):
     killed = str(tmp_path / 'killed')
     call = [sys.executable, '-c', f'import test_training; test_training.die({killed!r})']
