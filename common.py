@@ -6,6 +6,7 @@ to logits (N, K), or to a tuple whose first entry they are, and normalises its i
 and step sizes are in units of the pixel range: 8/255 is 0.03137.
 """
 import argparse
+import gc
 import hashlib
 import io
 import json
@@ -278,29 +279,30 @@ def eps_text(config):
 RANK, WORLD, LOCAL_RANK = (
     int(os.environ.get(k, v)) for k, v in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items())
 
-class Graphed(nn.Module):
-    """A network whose attacks in training replay a CUDA graph, to the same bits: one launch in
-    place of hundreds, which take a fast GPU longer than a small batch does. Any other call goes to
-    the network itself, and all of them where its forward waits for the GPU, as .item() does."""
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.replay, self.shape = model, None, None
+def replay_attacks(model):
+    """Let attacks in training replay a CUDA graph of the network, to the same bits: one launch in
+    place of hundreds, which take a fast GPU longer than a small batch does. Not where its forward
+    waits for the GPU, as .item() does; all other calls stay as they are."""
+    gc.collect()  # cycles keep the graph of an earlier training, and its memory, alive
+    forward, graphs = model.forward, {}
 
-    def forward(self, x):
-        attacked = not self.training and x.requires_grad and torch.is_autocast_enabled('cuda')
-        self.shape = self.shape or x.shape  # of whole batches; FAT's become smaller
-        if not attacked or x.shape != self.shape or x.numel() > 1e6:
-            return self.model(x)
-        if self.replay is None:
-            self.replay, sample = self.model, x.detach().clone().requires_grad_()
+    def replayed(x):
+        attacked = not model.training and x.requires_grad and torch.is_autocast_enabled('cuda')
+        if not attacked or x.numel() > 1e6:
+            return forward(x)
+        if not graphs:  # of whole batches; FAT's become smaller
+            graphs[x.shape], sample = forward, x.detach().clone().requires_grad_()
             with suppress(RuntimeError), torch.autocast('cuda', cache_enabled=False):
-                self.replay = torch.cuda.make_graphed_callables(lambda x: self.model(x), (sample,))
-        return self.replay(x)
+                graphs[x.shape] = torch.cuda.make_graphed_callables(forward, (sample,))
+        return graphs.get(x.shape, forward)(x)
+    model.forward = replayed
 
 def spread(model, device):
-    """What losses are computed with: the network, on a GPU Graphed, or DistributedDataParallel."""
+    """What losses are computed with: the network, or DistributedDataParallel around it."""
+    if WORLD == 1 and device.type == 'cuda':
+        replay_attacks(model)
     if WORLD == 1:
-        return Graphed(model) if device.type == 'cuda' else model
+        return model
     if device.type == 'cuda':  # on CPUs each process normalises its own part of a batch
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
