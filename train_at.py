@@ -251,6 +251,9 @@ def class_claim(worst, y, classes, why):
     class, the other measures; otherwise chance alone would make a difference."""
     half = np.random.default_rng(0).random(len(y)) < 0.5
     present = np.intersect1d(y[half], y[~half])
+    if len(present) < 2:
+        return Claim('classes differ in robustness', 'Tian et al. 2021', 0, interval=(0, 0),
+                     unless='fewer than two classes have images in both halves')
     rates = np.array([worst[:, half & (y == k)].mean() for k in present])
     best, poor = present[rates.argmax()], present[rates.argmin()]
     rest = [worst[:, ~half & (y == k)] for k in (best, poor)]
