@@ -45,11 +45,7 @@ log = logging.getLogger('advcnn')
 # are ours. Without eps_warmup, the share of the training over which eps grows, SVHN, MNIST at 0.3
 # and shapes collapse to one class. The attacks that judge are as long as AutoAttack's (Croce &
 # Hein 2020), but on shapes, where a study is to take minutes.
-BASE = dict(
-    arch='resnet18', epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, schedule='piecewise',
-    eps='8/255', step_size='2/255', steps=10, eps_warmup=0.0, norm='linf', pad=4, image_size=0,
-    train_size=0, test_size=0, apgd_steps=100, targets=9, square_queries=5000)
-SETTINGS = {
+SETTINGS = {  # what differs from the defaults of make_parser, which are CIFAR's
     'shapes': dict(arch='small-cnn', epochs=6, batch_size=64, schedule='onecycle', steps=2,
                    step_size='6/255', eps_warmup=0.6, pad=0, image_size=32, train_size=3200,
                    test_size=250, apgd_steps=25, targets=3, square_queries=100),
@@ -105,38 +101,31 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 def make_parser(doc, defaults=None, argv=None):
     """The flags that mean the same in every script. Their defaults, also in --help, are those of
     the data set that argv names: SETTINGS, then the script's {data set or '*': {flag: value}}."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = complain
-    for flag, value in dict(dataset='shapes', norm='linf').items():
-        first.add_argument(f'--{flag}', default=value)
-    known, own = first.parse_known_args(argv)[0], defaults or {}
-    base = known.dataset.partition(':')[0]
-    if base not in SETTINGS or (base == 'folder') != (':' in known.dataset):
-        complain(f'unknown data set {known.dataset!r}; known: {", ".join(SETTINGS)}:PATH')
-    parser = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
-    parser.error = complain
-    parser.set_defaults(**BASE | own.get('*', {}) | SETTINGS[base] | own.get(base, {})
-                        | (L2 if known.norm == 'l2' else {}))
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False,
+                                     add_help=False)
+    parser.error, add = complain, parser.add_argument
+    parser.set_defaults(apgd_steps=100, targets=9, square_queries=5000)  # flags of some scripts
     add('--dataset', default='shapes', metavar='NAME',
         help='shapes (embedded), mnist, fashion-mnist, cifar10, cifar100, svhn, stl10, folder:PATH')
     add('--data-root', default='data', metavar='DIR', help="torchvision's folder")
     add('--trust-data', action='store_true', help='take data files whose checksums differ')
-    add('--image-size', type=int, metavar='PX', help='of shapes and folder:PATH')
-    add('--train-size', type=int, metavar='N', help='balanced subset; 0: all')
-    add('--test-size', type=int, metavar='N', help='balanced subset; 0: all')
-    add('--pad', type=int, metavar='PX', help='zeros around an image before a random crop')
-    add('--arch', choices=ARCHS, help='network')
-    add('--epochs', type=int, metavar='N', help='of each training')
-    add('--batch-size', type=int, metavar='N', help='of all processes together')
-    add('--lr', type=number, metavar='X', help='highest; SGD with momentum 0.9')
-    add('--weight-decay', type=number, metavar='X', help='of all weights')
-    add('--schedule', metavar='NAME', help='piecewise, cosine, onecycle, constant, drops:0.5,0.9')
-    add('--eps', type=number, metavar='X', help='radius of attacks')
-    add('--step-size', type=number, metavar='X', help='of training attacks')
-    add('--steps', type=int, metavar='N', help='of training attacks')
-    add('--eps-warmup', type=number, metavar='X', help='share of the training while eps grows')
-    add('--norm', choices=('linf', 'l2'), help='of attacks')
+    add('--image-size', type=int, default=0, metavar='PX', help='of shapes and folder:PATH')
+    add('--train-size', type=int, default=0, metavar='N', help='balanced subset; 0: all')
+    add('--test-size', type=int, default=0, metavar='N', help='balanced subset; 0: all')
+    add('--pad', type=int, default=4, metavar='PX', help='zeros around images before random crops')
+    add('--arch', default='resnet18', choices=ARCHS, help='network')
+    add('--epochs', type=int, default=200, metavar='N', help='of each training')
+    add('--batch-size', type=int, default=128, metavar='N', help='of all processes together')
+    add('--lr', type=number, default=0.1, metavar='X', help='highest; SGD with momentum 0.9')
+    add('--weight-decay', type=number, default=5e-4, metavar='X', help='of all weights')
+    add('--schedule', default='piecewise', metavar='NAME',
+        help='piecewise, cosine, onecycle, constant, drops:0.5,0.9')
+    add('--eps', type=number, default='8/255', metavar='X', help='radius of attacks')
+    add('--step-size', type=number, default='2/255', metavar='X', help='of training attacks')
+    add('--steps', type=int, default=10, metavar='N', help='of training attacks')
+    add('--eps-warmup', type=number, default=0.0, metavar='X',
+        help='share of the training while eps grows')
+    add('--norm', default='linf', choices=('linf', 'l2'), help='of attacks')
     add('--seeds', type=int, nargs='+', default=[0], metavar='N', help='one training each')
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='where to compute')
     add('--amp', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto',
@@ -144,6 +133,13 @@ def make_parser(doc, defaults=None, argv=None):
     add('--out', default='runs', metavar='DIR', help='for networks and results')
     add('--fresh', action='store_true', help='train and measure again')
     add('--plot-only', metavar='RUN', help='redraw the finished run in this folder')
+    known, own = parser.parse_known_args(argv)[0], defaults or {}
+    base = known.dataset.partition(':')[0]
+    if base not in SETTINGS or (base == 'folder') != (':' in known.dataset):
+        complain(f'unknown data set {known.dataset!r}; known: {", ".join(SETTINGS)}:PATH')
+    parser.set_defaults(**own.get('*', {}) | SETTINGS[base] | own.get(base, {})
+                        | (L2 if known.norm == 'l2' else {}))
+    add('-h', '--help', action='help', help='show this and exit')  # after --dataset is known
     return parser
 
 def parse(parser, argv=None):
@@ -226,26 +222,20 @@ def save(path, content):
     finally:
         temporary.unlink(missing_ok=True)
 
-def start_log(folder=None):
-    """Log to stdout and to log.txt in a folder, from the first process."""
+def start(study, args, load=None):
+    """(folder, device, data, results): the log begins (stdout, log.txt), the Data are loaded (by
+    load_data or `load`) and what an earlier run of the same command on the same data measured is
+    there already. With --plot-only data is None and the results are those of a finished run."""
+    device = pick_device(args.device)
     logging.raiseExceptions = False  # a full disk ends the run at the next save, in one line
     sys.stdout.reconfigure(errors='backslashreplace')  # names that an ASCII terminal lacks
     # nan means that there is no such value; the others are torch's and do no harm
     warnings.filterwarnings(
         'ignore', '(mean of empty|all-nan|invalid value|.broadcast_buffers|The AccumulateGrad)')
-    handlers = [logging.NullHandler() if RANK else logging.StreamHandler(sys.stdout)]
-    if folder and RANK == 0:
-        handlers.append(logging.FileHandler(folder / 'log.txt', encoding='utf-8'))
-    logging.basicConfig(format='%(message)s', handlers=handlers, force=True)
+    shown = logging.NullHandler() if RANK else logging.StreamHandler(sys.stdout)
+    logging.basicConfig(format='%(message)s', handlers=[shown], force=True)
     log.setLevel(logging.INFO)
-
-def start(study, args, load=None):
-    """(folder, device, data, results): the log begins, the Data are loaded (by load_data or `load`)
-    and what an earlier run of the same command on the same data measured is there already. With
-    --plot-only data is None and the results are those of a finished run."""
-    device = pick_device(args.device)
     if args.plot_only:
-        start_log()
         folder = Path(args.plot_only)
         results = load_results(folder)
         if results.get('finished') != study:
@@ -255,7 +245,8 @@ def start(study, args, load=None):
     name = re.sub(r'[^\w.-]+', '_', f'{args.dataset}-{args.arch}')
     folder = Path(args.out, study, name + f'-{digest(config)}' * args.changed)
     save(folder / 'config.json', json.dumps(config, indent=1))
-    start_log(folder)
+    if RANK == 0:
+        logging.root.addHandler(logging.FileHandler(folder / 'log.txt', encoding='utf-8'))
     log.info('%s: %s, %s, training in %s -> %s', study, eps_text(config), device,
              pick_precision(device, args.amp), folder)
     data = (load or load_data)(args, device)
@@ -667,19 +658,17 @@ def input_gradients(model, x, y, loss=cross_entropy):
         return torch.cat([input_gradient(net, a, b, loss)[2]
                           for a, b in zip(x.split(100), y.split(100))])
 
-def l2_norm(v):
-    """(N, C, H, W) -> (N, 1, 1, 1), never 0."""
-    return torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True).clamp(min=1e-20)
-
 def project(x_adv, x, eps, norm):
     """Back into the ball of radius eps around x (l2: along the ray), then into [0, 1]."""
     if norm == 'linf':
         return torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1)
-    return (x + (x_adv - x) * (eps / l2_norm(x_adv - x)).clamp(max=1)).clamp(0, 1)
+    move = x_adv - x
+    length = torch.linalg.vector_norm(move, dim=(1, 2, 3), keepdim=True).clamp(min=1e-20)
+    return (x + move * (eps / length).clamp(max=1)).clamp(0, 1)
 
 def steepest(gradient, norm):
     """The step of size 1 that increases a linear loss most."""
-    return gradient.sign() if norm == 'linf' else gradient / l2_norm(gradient)
+    return gradient.sign() if norm == 'linf' else F.normalize(gradient, dim=(1, 2, 3), eps=1e-20)
 
 def random_start(x, eps, norm, generator=None):
     """Uniform in the ball around x, then clipped to [0, 1]."""
@@ -687,7 +676,7 @@ def random_start(x, eps, norm, generator=None):
     if norm == 'l2':
         noise = torch.randn(x.shape, generator=generator, device=x.device)
         radius = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
-        noise = noise / l2_norm(noise) * radius ** (1 / x[0].numel())
+        noise = F.normalize(noise, dim=(1, 2, 3)) * radius ** (1 / x[0].numel())
     return (x + eps * noise).clamp(0, 1)
 
 def pgd(model, x, y, *, eps, step_size, steps, norm='linf', loss=cross_entropy, start=None,
@@ -696,20 +685,18 @@ def pgd(model, x, y, *, eps, step_size, steps, norm='linf', loss=cross_entropy, 
     `start`: the last iterate (N, C, H, W). With stop an image is done at its first misclassified
     iterate and leaves the batch, so that the loss must not hold tensors of the batch."""
     start = random_start(x, eps, norm, generator) if start is None else start
-    x_adv = project(start, x, eps, norm)
-    result, todo = x_adv.clone(), torch.arange(len(x), device=x.device)
+    x_adv, todo = project(start, x, eps, norm), torch.arange(len(x), device=x.device)
     with frozen(model) as model:
         for _ in range(steps):
-            logits, _, gradient = input_gradient(model, x_adv, y, loss)
-            right = logits.argmax(1) == y if stop else None
-            if stop and not right.all():
-                result[todo] = x_adv
-                todo, x, y, x_adv, gradient = (v[right] for v in (todo, x, y, x_adv, gradient))
-                if len(todo) == 0:
-                    return result
-            x_adv = project(x_adv + step_size * steepest(gradient, norm), x, eps, norm)
-    result[todo] = x_adv
-    return result
+            logits, _, gradient = input_gradient(model, x_adv[todo], y[todo], loss)
+            if stop:
+                right = logits.argmax(1) == y[todo]
+                todo, gradient = todo[right], gradient[right]
+            if len(todo) == 0:
+                break
+            ahead = x_adv[todo] + step_size * steepest(gradient, norm)
+            x_adv[todo] = project(ahead, x[todo], eps, norm)
+    return x_adv
 
 def fgsm(model, x, y, *, eps, norm='linf', loss=cross_entropy, generator=None):
     """One full step uphill from the image (Goodfellow et al. 2015); the generator is not used."""
@@ -729,48 +716,42 @@ def apgd(model, x, y, *, eps, steps=100, norm='linf', loss=cross_entropy, target
         for run in range(min(targets, logits.shape[1] - 1) or 1):
             start = random_start(x, eps, norm, generator)  # of all, whoever is left
             if len(todo):
-                best[todo], fooled = apgd_run(
-                    model, x[todo], y[todo], start[todo], likely[todo, run], aimed, eps, steps,
-                    norm)
-                todo = todo[~fooled]
+                best[todo], left = apgd_run(model, x[todo], y[todo], start[todo],
+                                            likely[todo, run], aimed, eps, steps, norm)
+                todo = todo[left]
     return best
 
 def apgd_run(model, x, y, start, goal, loss, eps, steps, norm):
-    """One run: (points, whether they fool). `s` holds a row for each image not fooled so far."""
+    """One run: (points, indices of the images that theirs do not fool). A fooled image is asked
+    about no more: its loss stays, and so does its best point, the one that fools."""
     looks = [math.ceil(k * steps / 100) for k in (0, 22, 41, 57, 70, 80, 87, 93, 99)]
-    zero = torch.zeros(len(x), 1, 1, 1, device=x.device)
-    s = dict(at=torch.arange(len(x), device=x.device), x=x, y=y, goal=goal, now=start, last=start,
-             best=start, best_gradient=start, value=zero - math.inf, best_value=zero - math.inf,
-             old_best=zero, step=zero + 2 * eps, old_step=zero, rises=zero)
-    result, fooled = start.clone(), torch.zeros_like(y, dtype=torch.bool)
+    look, todo, zero = 0, torch.arange(len(x), device=x.device), x.new_zeros(len(x), 1, 1, 1)
+    now = last = best = best_way = start
+    way, value, best_value = torch.zeros_like(start), zero - math.inf, zero - math.inf
+    step, old_step, old_best, rises = zero + 2 * eps, zero, zero, zero
     for k in range(steps + 1):
-        logits, value, s['gradient'] = input_gradient(
-            model, s['now'], s['y'], lambda output, y: loss(output, y, s['goal']))
-        value, hit = value[:, None, None, None], logits.argmax(1) != s['y']
-        better = value > s['best_value']
-        s['best'] = torch.where(better, s['now'], s['best'])
-        s['best_gradient'] = torch.where(better, s['gradient'], s['best_gradient'])
-        s['best_value'] = torch.where(better, value, s['best_value'])
-        s['rises'], s['value'] = s['rises'] + (value > s['value']), value
-        result[s['at']] = torch.where(hit[:, None, None, None], s['now'], s['best'])
-        fooled[s['at']] = hit
+        before = value.clone()
+        logits, found, gradient = input_gradient(
+            model, now[todo], y[todo], lambda output, y: loss(output, y, goal[todo]))
+        value[todo], way[todo] = found[:, None, None, None], steepest(gradient, norm)
+        better, rises = value > best_value, rises + (value > before)
+        best = torch.where(better, now, best)
+        best_way = torch.where(better, way, best_way)
+        best_value = torch.where(better, value, best_value)
+        hit = logits.argmax(1) != y[todo]
+        best[todo[hit]], todo = now[todo[hit]], todo[~hit]
+        if k == steps or len(todo) == 0:
+            return best, todo
         if k in looks:  # at 0 nothing is halved
-            period = k - max((look for look in looks if look < k), default=0)
-            stuck = (s['old_step'] == s['step']) & (s['old_best'] == s['best_value'])
-            halve = (s['rises'] < 0.75 * period) | stuck
-            s['old_best'], s['old_step'] = s['best_value'], s['step']
-            s['step'] = torch.where(halve, s['step'] / 2, s['step'])
-            s['now'] = torch.where(halve, s['best'], s['now'])
-            s['gradient'] = torch.where(halve, s['best_gradient'], s['gradient'])
-            s['rises'] = 0 * s['rises']
-        if hit.any():
-            s = {name: v[~hit] for name, v in s.items()}
-        if k == steps or len(s['at']) == 0:
-            return result, fooled
-        ahead = s['now'] + s['step'] * steepest(s['gradient'], norm)
-        move = project(ahead, s['x'], eps, norm) - s['now']
-        move = 0.75 * move + 0.25 * (s['now'] - s['last']) if k else move
-        s['last'], s['now'] = s['now'], project(s['now'] + move, s['x'], eps, norm)
+            stuck = (old_step == step) & (old_best == best_value)
+            halve = (rises < 0.75 * (k - look)) | stuck
+            old_best, old_step, rises, look = best_value, step, zero, k
+            step = torch.where(halve, step / 2, step)
+            now = torch.where(halve, best, now)
+            way = torch.where(halve, best_way, way)
+        move = project(now + step * way, x, eps, norm) - now
+        move = 0.75 * move + 0.25 * (now - last) if k else move
+        last, now = now, project(now + move, x, eps, norm)
 
 @torch.no_grad()
 def square(model, x, y, *, eps, queries=5000, p_init=0.8, generator=None):
@@ -852,8 +833,7 @@ def evaluate(model, data, attacks, correct, keep):
     for name, attack in {'natural': None, **attacks}.items():
         if name not in correct:
             rows = left if name in ('apgd_ce', 'apgd_t', 'square') else torch.ones_like(left)
-            now = torch.zeros_like(left)
-            now[rows] = correct_under(model, x[rows], y[rows], attack)
+            now = rows.masked_scatter(rows, correct_under(model, x[rows], y[rows], attack))
             correct.pop('worst', None)  # to be the last one again
             correct |= {name: now.cpu().numpy(), 'worst': (left & now).cpu().numpy()}
             keep()
@@ -897,7 +877,7 @@ def standard_loss(net, x, y, threat, generator, ce=cross_entropy):
 def fgsm_loss(net, x, y, threat, generator, ce=cross_entropy):
     """FGSM with a random start and a step of 1.25 eps (Wong et al. 2020)."""
     one = dict(threat, steps=1, step_size=1.25 * threat['eps'])
-    return ce(net(pgd(net, x, y, **one, loss=ce, generator=generator)), y).mean()
+    return pgd_loss(net, x, y, one, generator, ce)
 
 def pgd_loss(net, x, y, threat, generator, ce=cross_entropy, stop=False):
     """PGD adversarial training (Madry et al. 2018)."""
@@ -914,9 +894,8 @@ def trades_loss(net, x, y, threat, generator, ce=cross_entropy, kl=kl_divergence
     bfloat16 its start would round to the image, where the KL has no gradient: the first step is
     one of float32. Both halves of the update share their batch norm."""
     x_adv = x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        with frozen(net) as model, torch.no_grad():
-            natural = model(x)
+    with torch.autocast(x.device.type, enabled=False), frozen(net) as model, torch.no_grad():
+        natural = model(x)
         threat = dict(threat, loss=lambda output, y: kl(output, natural))
         x_adv = pgd(net, x, y, **threat | dict(steps=1), start=x_adv)
     x_adv = pgd(net, x, y, **threat | dict(steps=threat['steps'] - 1), start=x_adv)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MUTATIONS = (  # what, file, what stands there once, what then stands there, tests/test_<this>.py
-    ('PGD walks downhill', 'common.py', 'x_adv + step_size * steepest',
-     'x_adv - step_size * steepest', 'attacks'),
+    ('PGD walks downhill', 'common.py', 'x_adv[todo] + step_size',
+     'x_adv[todo] - step_size', 'attacks'),
     ('attacks leave the model in eval mode', 'common.py', 'm.training = True',
      'm.training = False', 'attacks'),
     ('the l2 ball is a cube', 'common.py', "if norm == 'linf':\n        return torch.clamp(x_adv",
      'if True:\n        return torch.clamp(x_adv', 'attacks'),
-    ('APGD never halves its step', 'common.py', "torch.where(halve, s['step'] / 2", "torch.where("
-     "halve, s['step'] / 1", 'attacks'),
+    ('APGD never halves its step', 'common.py', 'torch.where(halve, step / 2',
+     'torch.where(halve, step / 1', 'attacks'),
     ('later attacks are not cumulative', 'common.py', "rows = left if name in", "rows = ~left | "
      "left if name in", 'attacks'),
     ('TRADES maximises nothing', 'common.py', 'loss=lambda output, y: kl(output, natural)',
