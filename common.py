@@ -690,7 +690,7 @@ def pgd(model, x, y, *, eps, step_size, steps, norm='linf', loss=cross_entropy, 
         for _ in range(steps):
             logits, _, gradient = input_gradient(model, x_adv[todo], y[todo], loss)
             if stop:
-                right = logits.argmax(1) == y[todo]
+                right = (logits.argmax(1) == y[todo]).nonzero()[:, 0]  # the one wait for a GPU
                 todo, gradient = todo[right], gradient[right]
             if len(todo) == 0:
                 break
@@ -739,7 +739,8 @@ def apgd_run(model, x, y, start, goal, loss, eps, steps, norm):
         best_way = torch.where(better, way, best_way)
         best_value = torch.where(better, value, best_value)
         hit = logits.argmax(1) != y[todo]
-        best[todo[hit]], todo = now[todo[hit]], todo[~hit]
+        best[todo] = torch.where(hit[:, None, None, None], now[todo], best[todo])
+        todo = todo[~hit]  # the one wait for a GPU
         if k == steps or len(todo) == 0:
             return best, todo
         if k in looks:  # at 0 nothing is halved
